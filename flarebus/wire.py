@@ -1,0 +1,174 @@
+"""The wire: a message as frames, and frames as a message. Pure; nothing is allocated from a number that came in.
+
+    [target][source][header][body][buffer]*          an application message
+    [target][source][PULL  ][request]                please send these bytes of a transfer
+    [target][source][CHUNK ][place][bytes]*          here they are
+    [target][source][DONE  ][transfer]               I have all I want; you may forget me
+    [      ][      ][link verb][names]               between neighbours only: see `link`
+
+The three transfer headers are constants, so that the busiest frames are recognised by one comparison and never parsed.
+Header, positionally: version, kind, id, answers, channel, topic, ttl_s, [transfer, holder, lengths] or nil.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import msgpack
+
+from flarebus.errors import DecodeError, UsageError
+from flarebus.message import Buffer, Kind, Manifest, Message
+
+__all__ = [
+    "CHUNK",
+    "DONE",
+    "MAX_BODY_BYTES",
+    "MAX_FRAME_BYTES",
+    "MAX_HEADER_BYTES",
+    "MAX_INLINE_BYTES",
+    "NOT_OFFERED",
+    "PLACE",
+    "PULL",
+    "REQUEST",
+    "TRANSFER_ID_BYTES",
+    "VERSION",
+    "decode_message",
+    "encode_message",
+]
+
+VERSION = 1
+
+MAX_HEADER_BYTES = 64 * 1024
+MAX_BODY_BYTES = 1024 * 1024
+# Small buffers together ride in the message: a round trip for a transfer costs more than copying this much.
+MAX_INLINE_BYTES = 256 * 1024
+# The largest frame anybody may send: a chunk with room to spare. Sockets refuse more before allocating it.
+MAX_FRAME_BYTES = 8 * 1024 * 1024
+# Buffers of one message; more would let a header of 64 KiB cost megabytes of Python objects.
+MAX_BUFFERS = 100_000
+MAX_ADDRESS_BYTES = 255
+# Channel and topic are words of a protocol, never data.
+MAX_WORD = 64
+MAX_TRANSFER_BYTES = 1 << 48
+
+PULL = b"\xf1"
+CHUNK = b"\xf2"
+DONE = b"\xf3"
+
+TRANSFER_ID_BYTES = 16
+REQUEST = struct.Struct("!16sQI")
+"""Body of PULL: transfer, first byte, number of bytes."""
+PLACE = struct.Struct("!16sQ")
+"""Body of CHUNK: transfer, first byte."""
+NOT_OFFERED = (1 << 64) - 1
+"""First byte of a CHUNK that says: I do not hold that, or not for you."""
+
+_KINDS = {int(kind): kind for kind in Kind}
+
+
+def encode_message(message: Message) -> list[Buffer]:
+    """The frames of `message`, its buffers by reference.
+
+    Raises:
+        UsageError: header, body, a name or the number of buffers is larger than the protocol allows.
+    """
+    if max(len(message.channel), len(message.topic)) > MAX_WORD:
+        names = f"{message.channel:.80}/{message.topic:.80}"
+        raise UsageError(f"{names}: channel and topic have at most {MAX_WORD} letters each")
+    if len(message.buffers) > MAX_BUFFERS:
+        raise UsageError(
+            f"{len(message.buffers)} separate tensors for {message.channel}/{message.topic}: at most {MAX_BUFFERS}"
+        )
+    manifest = message.manifest
+    header = msgpack.packb(
+        (
+            VERSION,
+            int(message.kind),
+            message.id,
+            message.answers,
+            message.channel,
+            message.topic,
+            message.ttl_s,
+            None if manifest is None else (manifest.transfer, manifest.holder, manifest.lengths),
+        )
+    )
+    if len(header) > MAX_HEADER_BYTES:
+        raise UsageError(
+            f"header of {len(header)} bytes for {message.channel}/{message.topic}: at most {MAX_HEADER_BYTES}; "
+            f"{0 if manifest is None else len(manifest.lengths)} separate tensors are too many for one message"
+        )
+    if len(message.body) > MAX_BODY_BYTES:
+        raise UsageError(
+            f"body of {len(message.body)} bytes for {message.channel}/{message.topic}: at most {MAX_BODY_BYTES}; "
+            "put bulk data into arrays"
+        )
+    return [message.target.encode(), message.source.encode(), header, message.body, *message.buffers]
+
+
+def decode_message(frames: Sequence[Buffer]) -> Message:
+    """The message in `frames`; the buffers are the frames themselves.
+
+    Raises:
+        DecodeError: anything is not as `encode_message` makes it.
+    """
+    if not 4 <= len(frames) <= 4 + MAX_BUFFERS:
+        raise DecodeError(f"message of {len(frames)} frames: 4 to {4 + MAX_BUFFERS} belong to it")
+    target, source, header, body = (bytes(frame) for frame in frames[:4])
+    if (
+        max(len(target), len(source)) > MAX_ADDRESS_BYTES
+        or len(header) > MAX_HEADER_BYTES
+        or len(body) > MAX_BODY_BYTES
+    ):
+        raise DecodeError("address, header or body is over its limit")
+    buffers = frames[4:]
+    if sum(len(buffer) for buffer in buffers) > MAX_INLINE_BYTES:
+        raise DecodeError(f"buffers in the message are over {MAX_INLINE_BYTES} bytes together")
+    try:
+        fields = msgpack.unpackb(header, use_list=False, max_array_len=MAX_BUFFERS)
+        return _message(target.decode("ascii"), source.decode("ascii"), fields, body, buffers)
+    except DecodeError:
+        raise
+    except Exception as error:  # msgpack and struct raise a dozen kinds for what is one thing: not a header
+        raise DecodeError(f"header cannot be read: {type(error).__name__}") from error
+
+
+def _message(target: str, source: str, fields: Any, body: bytes, buffers: Sequence[Buffer]) -> Message:
+    if type(fields) is not tuple or not fields:
+        raise DecodeError("header is not a list")
+    if fields[0] != VERSION:
+        raise DecodeError(f"protocol version {fields[0]!r:.20}: this end speaks {VERSION}")
+    _, kind, number, answers, channel, topic, ttl_s, manifest = fields
+    if not (
+        type(number) is int
+        and type(answers) is int
+        and type(channel) is str
+        and type(topic) is str
+        and type(ttl_s) in (float, int)
+        and ttl_s >= 0
+        and len(channel) <= MAX_WORD
+        and len(topic) <= MAX_WORD
+    ):
+        raise DecodeError("header field of a wrong type")
+    kind = _KINDS.get(kind)
+    if kind is None:
+        raise DecodeError("message of an unknown kind")
+    if manifest is not None:
+        manifest = _manifest(manifest)
+        if buffers:
+            raise DecodeError("a message carries its buffers or a manifest of them, not both")
+    return Message(target, source, kind, number, answers, channel, topic, ttl_s, manifest, body, buffers)
+
+
+def _manifest(fields: Any) -> Manifest:
+    transfer, holder, lengths = fields
+    if type(transfer) is not bytes or len(transfer) != TRANSFER_ID_BYTES:
+        raise DecodeError("manifest: transfer id is not 16 bytes")
+    if type(holder) is not str or not 0 < len(holder) <= MAX_ADDRESS_BYTES:
+        raise DecodeError("manifest: holder is not an address")
+    if type(lengths) is not tuple or not all(type(n) is int and n >= 0 for n in lengths):
+        raise DecodeError("manifest: lengths are not byte counts")
+    if sum(lengths) > MAX_TRANSFER_BYTES:
+        raise DecodeError("manifest: more bytes than a transfer may have")
+    return Manifest(transfer, holder, lengths)
