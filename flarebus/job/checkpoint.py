@@ -1,0 +1,153 @@
+"""CheckpointStore: the models of a job on disk. Each round is saved, and the best one, without ever copying a model.
+
+Three files take turns: one holds the committed model, one the best so far, and the third is free for the next round,
+which is computed into its pages. Committing and choosing the best only move names. Until the job ends the names that
+people know are links; then they are the files themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from flarebus.job.tensor_file import Layout, MappedFile, fill, sync_folder
+from flarebus.workflow.params import as_array, flatten, restore
+
+__all__ = ["BEST_NAME", "GLOBAL_NAME", "CheckpointStore", "export_pt"]
+
+GLOBAL_NAME = "FL_global_model.safetensors"
+BEST_NAME = "best_FL_global_model.safetensors"
+
+
+class CheckpointStore:
+    """The model files of one job.
+
+    Args:
+        folder: made if it is not there.
+        best_name: file name of the best model.
+    """
+
+    def __init__(self, folder: Path, best_name: str = BEST_NAME) -> None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder = folder
+        self._best_name = best_name
+        self._files: list[MappedFile] = []
+        self._made = 0
+        self._next: MappedFile | None = None
+        self._current: MappedFile | None = None
+        self._best: MappedFile | None = None
+
+    def next_arrays(self, params: Mapping[Any, Any]) -> dict[str, NDArray[Any]]:
+        """Dotted name -> writable array on the pages of the free file, of the shapes and dtypes of `params`.
+
+        Raises:
+            OSError: the disk is full; no committed model is harmed.
+        """
+        self._next = None
+        self._next = self._free_file(Layout(params))
+        return self._next.arrays
+
+    def finish(self, params: Mapping[Any, Any]) -> Path:
+        """What was written becomes the current model: `params`, whose arrays are those of `next_arrays` or are copied
+        there. Durable after `sync`."""
+        file, self._next = self._next, None
+        if file is None or file.layout != Layout(params):
+            file = self._free_file(Layout(params))
+        fill(file.arrays, params)
+        self._current = file
+        return file.path
+
+    def keep_best(self, params: Mapping[Any, Any]) -> None:
+        """The current model, `params`, is the best so far. Only a model that is in no file yet is written."""
+        if self._current is None:
+            file = self._free_file(Layout(params))
+            fill(file.arrays, params)
+            self._best = file
+        else:
+            self._best = self._current
+
+    def sync(self) -> None:
+        """Return when current and best model are durable, and their names lead to them."""
+        for file, name in ((self._current, GLOBAL_NAME), (self._best, self._best_name)):
+            if file is not None:
+                file.sync()
+                self._link(file.path.name, name)
+        sync_folder(self._folder)
+
+    def close(self) -> None:
+        """Leave the models under their own names, as plain files, and nothing else."""
+        for file, name in ((self._best, self._best_name), (self._current, GLOBAL_NAME)):
+            if file is None:
+                continue
+            target = self._folder / name
+            if file is self._best and file is self._current and name == GLOBAL_NAME:
+                target.unlink(missing_ok=True)
+                os.link(file.path, target)
+            else:
+                file.rename(target)
+        kept = {GLOBAL_NAME, self._best_name}
+        for file in self._files:
+            file.close()
+            if file.path.name not in kept:
+                file.path.unlink(missing_ok=True)
+        self._files.clear()
+        self._next = self._current = self._best = None
+        sync_folder(self._folder)
+
+    def _free_file(self, layout: Layout) -> MappedFile:
+        for file in self._files:
+            if file not in (self._current, self._best, self._next):
+                if file.layout == layout:
+                    return file
+                self._files.remove(file)
+                file.close()
+                file.path.unlink()
+                break
+        self._made += 1
+        file = MappedFile(self._folder / f"model-{self._made}.safetensors", layout)
+        self._files.append(file)
+        return file
+
+    def _link(self, target: str, name: str) -> None:
+        link = self._folder / name
+        if link.is_symlink() and os.readlink(link) == target:
+            return
+        temporary = self._folder / f".{name}.link"
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        temporary.symlink_to(target)
+        os.replace(temporary, link)
+
+
+def export_pt(params: Mapping[Any, Any], path: Path) -> None:
+    """Write a flat model as a PyTorch state dict (`torch.load(path, weights_only=True)` reads it), whole or not at all.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    import torch
+
+    state = {name: _tensor(torch, leaf) for name, leaf in flatten(params).items()}
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _tensor(torch: Any, leaf: Any) -> Any:
+    array = as_array(leaf)
+    if array is None:
+        return leaf
+    # Copy-on-write pages and byte orders that PyTorch lacks become memory of its own.
+    return restore(array if array.flags.writeable else array.copy(), torch.empty(0, dtype=_torch_dtype(torch, array)))
+
+
+def _torch_dtype(torch: Any, array: NDArray[Any]) -> Any:
+    return getattr(torch, array.dtype.name)

@@ -1,0 +1,146 @@
+"""The model a job starts with: from a checkpoint file, or from what a recipe was given.
+
+Files are data: nothing that is pickled in one is ever run.
+"""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flarebus.errors import ConfigError, DecodeError
+from flarebus.job.tensor_file import load_params
+from flarebus.workflow.params import as_array
+
+__all__ = ["NUMPY_KEY", "load_initial", "params_of"]
+
+NUMPY_KEY = "numpy_key"
+"""The name of a model that is a single array."""
+
+_SUFFIXES = ".npy, .npz, .pt, .pth or .safetensors"
+# How people wrap a state dict when they save it.
+_WRAPPERS = ("model", "state_dict", "model_state_dict")
+
+
+def load_initial(path: Path) -> dict[str, Any]:
+    """Read a checkpoint.
+
+    Args:
+        path: `.npy` (one array, under `NUMPY_KEY`), `.npz`, `.pt`/`.pth` (a state dict, or a dict that holds one as
+            `model` or `state_dict`; weights only) or `.safetensors`.
+
+    Returns:
+        name -> array, the caller's own; those of a safetensors file are mapped copy-on-write.
+
+    Raises:
+        ConfigError: the file is not there, is damaged, or holds something else; names parameter and path.
+    """
+    readers = {".npy": _npy, ".npz": _npz, ".pt": _pt, ".pth": _pt, ".safetensors": load_params}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise ConfigError("initial_ckpt", str(path), f"the path of a {_SUFFIXES} file")
+    try:
+        params = reader(path)
+    except ConfigError:
+        raise
+    except OSError as error:
+        raise ConfigError("initial_ckpt", str(path), f"cannot be read: {error.strerror or error}") from error
+    except DecodeError as error:
+        raise ConfigError("initial_ckpt", str(path), str(error).removeprefix(f"{path}: ")) from error
+    if not params:
+        raise ConfigError("initial_ckpt", str(path), "holds no parameters")
+    return params
+
+
+def _npy(path: Path) -> dict[str, Any]:
+    return {NUMPY_KEY: _numpy_load(path)}
+
+
+def _npz(path: Path) -> dict[str, Any]:
+    with _numpy_load(path) as archive:
+        return {name: archive[name] for name in _members(path, archive)}
+
+
+def _members(path: Path, archive: Any) -> Sequence[str]:
+    names: Sequence[str] = archive.files
+    for name in names:
+        try:
+            archive[name]
+        except (ValueError, zipfile.BadZipFile, EOFError) as error:
+            raise ConfigError("initial_ckpt", str(path), _damaged(error)) from error
+    return names
+
+
+def _numpy_load(path: Path) -> Any:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise ConfigError("initial_ckpt", str(path), _damaged(error)) from error
+
+
+def _damaged(error: Exception) -> str:
+    if "allow_pickle" in str(error) or "Object arrays" in str(error):
+        return "holds pickled objects, which may be programs; save plain arrays"
+    return "is damaged, or not what its name says"
+
+
+def _pt(path: Path) -> dict[str, Any]:
+    try:
+        import torch
+    except ImportError as error:
+        raise ConfigError("initial_ckpt", str(path), "needs PyTorch: pip install 'flarebus[torch]'") from error
+    if not path.exists():
+        raise ConfigError("initial_ckpt", str(path), "there is no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever is wrong with it, PyTorch has an exception of its own for that
+        told = "holds more than weights, or is damaged; save the state dict with torch.save(model.state_dict(), path)"
+        raise ConfigError("initial_ckpt", str(path), told) from error
+    for name in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+            break
+    if not isinstance(content, Mapping):
+        raise ConfigError("initial_ckpt", str(path), f"holds a {type(content).__name__}, not a state dict")
+    return _arrays_of(content)
+
+
+def params_of(model: Any) -> dict[str, Any]:
+    """Named arrays of what a recipe takes as a model.
+
+    Args:
+        model: a `torch.nn.Module`; a dict of arrays, tensors, numbers and the like (kept as it is, tensors as arrays);
+            one array, or a list of numbers, nested or not (float32, under `NUMPY_KEY`); a list of arrays
+            (under "0", "1", ...).
+
+    Returns:
+        name -> array or other value; arrays share memory with `model` where that is possible.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and isinstance(model, torch.nn.Module):
+        return _arrays_of(model.state_dict())
+    if isinstance(model, Mapping):
+        return _arrays_of(model)
+    if isinstance(model, np.ndarray):
+        return {NUMPY_KEY: model}
+    if isinstance(model, (list, tuple)) and model:
+        if all(isinstance(item, np.ndarray) for item in model):
+            return {str(index): array for index, array in enumerate(model)}
+        try:
+            return {NUMPY_KEY: np.array(model, np.float32)}
+        except (ValueError, TypeError) as error:
+            raise ConfigError("model", model, "a list must hold arrays, or numbers in a regular shape") from error
+    raise ConfigError("model", model, "a torch.nn.Module, a dict or list of arrays, or a description of a class")
+
+
+def _arrays_of(state: Mapping[Any, Any]) -> dict[str, Any]:
+    """The same names, with tensors as arrays on their memory."""
+    return {name: leaf if (array := as_array(leaf)) is None else array for name, leaf in state.items()}
