@@ -1,0 +1,144 @@
+"""Archive: what a job leaves on disk. Models, the journal of its rounds, and metrics as lines of JSON.
+
+A round is committed in one step: its model file is durable, then its row stands in the journal. That takes the disk its
+time, so it happens on a thread while the next round goes out; nothing of that round is committed before it is done, and
+the pages it wrote are not written again before it is done.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from flarebus.job.checkpoint import CheckpointStore, export_pt
+from flarebus.job.definition import JobDefinition
+from flarebus.job.journal import Journal, append_metrics
+from flarebus.job.kinds import FrameworkType
+from flarebus.job.tensor_file import load_params
+
+__all__ = ["Archive"]
+
+log = logging.getLogger(__name__)
+
+
+class Archive:
+    """The durable side of one job. One thread calls it, the controller's.
+
+    Args:
+        folder: the server's folder of the run.
+        job: what runs; its initial model is loaded and becomes the first file.
+
+    Raises:
+        ConfigError: the initial model cannot be had.
+        OSError: the disk is full, or the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, job: JobDefinition) -> None:
+        self._folder = folder
+        self._job = job
+        self._journal = Journal(folder / "rounds.sqlite")
+        self._journal.begin(job.job_id, job.name)
+        self._store = CheckpointStore(folder / "models")
+        self._params = job.initial_params()
+        self._committer = ThreadPoolExecutor(1, thread_name_prefix="flarebus commit")
+        self._committing: Future[None] | None = None
+        self._began = time.monotonic()
+        self._answered: dict[str, dict[str, Any]] = {}
+        self._failed: dict[str, str] = {}
+        self.last_round_facts: dict[str, Any] = {}
+        """Seconds and model path of the round committed last."""
+
+    @property
+    def next_round(self) -> int:
+        """The first round that is not committed."""
+        last = self._journal.last_round()
+        return 0 if last is None else last + 1
+
+    def current_params(self) -> dict[str, Any]:
+        """The model that the next round begins with."""
+        return self._params
+
+    def pages(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Writable arrays like those in `params`, on the pages of the file that holds no committed model."""
+        self._finish_commit()
+        return self._store.next_arrays(params)
+
+    def sites_done(self, answered: Mapping[str, Mapping[str, Any]], failed: Mapping[str, str]) -> None:
+        """A broadcast is over: whose results counted, with their metrics, and why the others' did not."""
+        self._answered = {site: dict(metrics) for site, metrics in answered.items()}
+        self._failed = dict(failed)
+
+    def commit(self, number: int, params: dict[str, Any], metrics: Mapping[str, Any], best: bool) -> None:
+        """End a round. The durable part goes on in the background; its error is raised by the next call."""
+        self._finish_commit()
+        now = time.monotonic()
+        record = {
+            "round": number,
+            "metrics": {name: _plain(value) for name, value in metrics.items()},
+            "sites": {site: {k: _plain(v) for k, v in its.items()} for site, its in self._answered.items()},
+            "accepted": sorted(self._answered),
+            "refused": self._failed,
+            "seconds": round(now - self._began, 6),
+        }
+        self._began = now
+        if best:
+            self._store.keep_best(self._params)
+        path = self._store.finish(params)
+        self._params = params
+        self.last_round_facts = {"seconds": record["seconds"], "model_path": str(path)}
+        self._committing = self._committer.submit(self._make_durable, record, path)
+
+    def site_records(self, batch: Any) -> None:
+        """Keep metric records that sites sent with `flare.log()`."""
+        if batch.get("dropped"):
+            log.warning(
+                "%d metric records were dropped at a site: it logs faster than they can be sent", batch["dropped"]
+            )
+        for record in batch["records"]:
+            append_metrics(self._folder / "site_metrics.jsonl", {k: _plain(v) for k, v in record.items()})
+
+    def close(self, state: str, reason: str | None) -> None:
+        """The job has ended: finish the last commit, note the end, and leave plain files behind.
+
+        Raises:
+            OSError: something could not be written; what was committed before stays good.
+        """
+        try:
+            self._finish_commit()
+        finally:
+            self._committer.shutdown()
+            self._journal.end(state, reason)
+            self._journal.close()
+            self._params = {}
+            self._store.close()
+        if self._job.framework is FrameworkType.PYTORCH:
+            self._export_pt()
+
+    def _finish_commit(self) -> None:
+        """Wait until the round before is durable; raises what kept it from being so."""
+        committing, self._committing = self._committing, None
+        if committing is not None:
+            committing.result()
+
+    def _make_durable(self, record: dict[str, Any], path: Path) -> None:
+        self._store.sync()
+        self._journal.commit(record["round"], path.name, record["metrics"], record["accepted"], time.time())
+        append_metrics(self._folder / "metrics.jsonl", record)
+
+    def _export_pt(self) -> None:
+        for file in sorted((self._folder / "models").glob("*.safetensors")):
+            export_pt(load_params(file), file.with_suffix(".pt"))
+
+
+def _plain(value: Any) -> Any:
+    """A metric as JSON can hold it; NaN and infinities have no word there."""
+    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (bool, int, float, str, dict, list, type(None))) else str(value)

@@ -1,0 +1,486 @@
+"""ServerJob: one job at its server; what a controller sees as `Job`.
+
+All state belongs to the thread that runs the controller. Everything else (the bus, the pool of workers, somebody who
+aborts) puts an event into one queue, and the thread takes events out while it waits: no locks, no polling.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flarebus.cell import Cell, Payload
+from flarebus.codec import decode
+from flarebus.delivery import Delivery
+from flarebus.errors import DecodeError, FlarebusError, JobAborted, JobFailed, NoRoute
+from flarebus.job.definition import JobDefinition
+from flarebus.model import FLModel
+from flarebus.pending import Pending
+from flarebus.server.archive import Archive
+from flarebus.server.pool import HostEnd
+from flarebus.server.roster import Roster
+from flarebus.server.tally import Tally
+from flarebus.slab import SlabPool
+from flarebus.workflow.controller import Result, Task
+
+__all__ = ["ServerJob"]
+
+log = logging.getLogger(__name__)
+
+Event = Callable[[], None]
+
+# Results staged at once: three of them, so that a mean of two is made from where they lie and a third can be folded in,
+# or as many small ones as this.
+STAGED_RESULTS = 3
+STAGED_BYTES = 64 * 1000 * 1000
+# An answer may carry optimiser state and metrics beside the parameters, not ten models.
+RESULT_FACTOR = 8
+RESULT_SLACK_BYTES = 16 * 1000 * 1000
+# A task that took its worker down this often is not tried again.
+MAX_ATTEMPTS = 3
+
+
+class ServerJob:
+    """A job while it runs.
+
+    Args:
+        definition: what to run.
+        cell: the job's own cell.
+        archive: where models, rounds and metrics go.
+        on_event: told everything that happens, on the controller's thread.
+        staging: folder for results in files, or None for memory.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        definition: JobDefinition,
+        cell: Cell,
+        archive: Archive,
+        on_event: Callable[[str, dict[str, Any]], None] | None = None,
+        staging: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.definition = definition
+        self.roster = Roster()
+        self._cell = cell
+        self._archive = archive
+        self._on_event = on_event
+        self._clock = clock
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._pool = SlabPool(folder=staging)
+        self._aborted_by: str | None = None
+        self._open: _OpenTask | None = None
+        self._task_number = 0
+        self._attempts: dict[str, int] = {}
+        cell.inbox("task", "join", lambda delivery: self._events.put(lambda: self._join(delivery)))
+        cell.inbox("task", "result", lambda delivery: self._events.put(lambda: self._result(delivery)))
+        cell.inbox("metric", "records", lambda delivery: self._events.put(lambda: self._records(delivery)))
+        cell.on_gone(lambda names: self._events.put(lambda: self._gone(names)))
+
+    # -- what a controller calls --
+
+    @property
+    def name(self) -> str:
+        """Name of the job."""
+        return self.definition.name
+
+    @property
+    def job_id(self) -> str:
+        """Identity of this run."""
+        return self.definition.job_id
+
+    @property
+    def sites(self) -> Sequence[str]:
+        """Sites that are there or coming back, sorted."""
+        return self.roster.alive
+
+    def initial_params(self) -> dict[str, Any]:
+        """The last committed model, or the one the job came with."""
+        return self._archive.current_params()
+
+    def rounds(self, num_rounds: int) -> Iterator[int]:
+        """Rounds that are not committed yet."""
+        for number in range(self._archive.next_round, num_rounds):
+            self._take_waiting_events()
+            yield number
+
+    def broadcast(
+        self,
+        task: Task,
+        *,
+        sites: Sequence[str] | None = None,
+        min_responses: int = 0,
+        wait_time_after_min_received: float | None = None,
+        timeout: float | None = None,
+        in_order: bool = False,
+    ) -> Iterator[Result]:
+        """Give a task out and yield results; see `Job.broadcast`."""
+        self._take_waiting_events()
+        targets = sorted(self.roster.alive if sites is None else sites)
+        tally = Tally(targets, min_responses, wait_time_after_min_received, timeout, self._clock())
+        for site, reason in self.roster.dead.items():
+            if site in tally.open:
+                tally.fail(site, reason)
+        self._task_number += 1
+        payload = self._cell.share(_outgoing(task), self.roster.hosts)
+        self._open = open_task = _OpenTask(self._task_number, task, tally, payload, targets, in_order)
+        self.fire("round_started", round=task.round, sites=targets)
+        try:
+            self._assign(targets)
+            yield from self._collect(open_task)
+            tally.close()
+        finally:
+            self._archive.sites_done(open_task.metrics, tally.failed)
+            self._open = None
+            self._cell.withdraw(payload)
+            self._dismiss(open_task)
+
+    def pages(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Writable arrays on the pages of the next model file."""
+        return self._archive.pages(params)
+
+    def commit(self, round: int, params: dict[str, Any], metrics: Mapping[str, Any], *, best: bool = False) -> None:
+        """End a round; its durable part goes on while the next one begins."""
+        self._archive.commit(round, params, metrics, best)
+        self.fire("round_committed", round=round, metrics=dict(metrics), **self._archive.last_round_facts)
+
+    def fire(self, event: str, **fields: Any) -> None:
+        """Tell the listener."""
+        if self._on_event is not None:
+            self._on_event(event, fields)
+
+    # -- what others call, from any thread --
+
+    def abort(self, by: str) -> None:
+        """End the job as soon as the controller's thread looks up."""
+
+        def note() -> None:
+            self._aborted_by = self._aborted_by or by
+
+        self._events.put(note)
+
+    def host_died(self, end: HostEnd, restart: Callable[[], None]) -> None:
+        """A host's process ended; `restart`, if that is worth trying, is called on the controller's thread."""
+
+        def note() -> None:
+            self._host_died(end)
+            if end.will_restart:
+                restart()
+
+        self._events.put(note)
+
+    # -- on the controller's thread from here on --
+
+    def wait_for_sites(self, sites: Sequence[str], timeout: float) -> None:
+        """Return when every one of `sites` has joined or is known to be dead.
+
+        Raises:
+            JobFailed: some did neither within `timeout` seconds, or none is left.
+        """
+        deadline = self._clock() + timeout
+        while missing := [site for site in sites if self.roster.host_of(site) is None and site not in self.roster.dead]:
+            if not self._take_event(deadline):
+                raise JobFailed(f"{len(missing)} sites did not start within {timeout:g} s: {', '.join(missing[:5])}")
+        if not self.roster.alive:
+            reasons = sorted(set(self.roster.dead.values()))
+            raise JobFailed("no site could be started: " + "; ".join(reasons[:3]))
+
+    def end(self, reason: str) -> None:
+        """Tell every host that there is no more work."""
+        for host in self.roster.hosts:
+            self._cell.notify(host, "task", "end", {"reason": reason})
+
+    def _collect(self, open_task: _OpenTask) -> Iterator[Result]:
+        tally = open_task.tally
+        while True:
+            self._stage(open_task)
+            arrived = open_task.next_ready()
+            if arrived is not None:
+                result = self._open_result(open_task, arrived)
+                if result is not None:
+                    yield result
+                    # The controller is done with it: free its memory before the next one is staged.
+                    result.model = FLModel()
+                    arrived.answer(tally.failed.get(arrived.site))
+                continue
+            open_task.is_closing = tally.is_over(self._clock())
+            if open_task.is_closing and not open_task.arrived:
+                return
+            # What has arrived by now is still fetched: its holder's life, not the deadline, bounds that.
+            self._take_event(None if open_task.is_closing else tally.deadline())
+
+    def _take_event(self, deadline: float | None) -> bool:
+        """Wait for one event and do it; False when `deadline` came first."""
+        try:
+            timeout = None if deadline is None else max(0.0, deadline - self._clock())
+            event = self._events.get(timeout=timeout)
+        except queue.Empty:
+            return False
+        event()
+        self._check_abort()
+        return True
+
+    def _take_waiting_events(self) -> None:
+        while not self._events.empty():
+            self._events.get()()
+        self._check_abort()
+
+    def _check_abort(self) -> None:
+        if self._aborted_by is not None:
+            raise JobAborted(self._aborted_by)
+
+    def _assign(self, sites: Sequence[str]) -> None:
+        """Send the open task to the hosts of `sites`, one message each, whatever the number of sites."""
+        open_task = self._open
+        assert open_task is not None
+        for host, its_sites in self.roster.by_host(sites).items():
+            self._cell.admit(open_task.payload, host)
+            value = {
+                "number": open_task.number,
+                "task": open_task.task.name,
+                "round": open_task.task.round,
+                "total_rounds": open_task.task.total_rounds,
+                "sites": its_sites,
+                "model": open_task.payload.body,
+            }
+            sent = self._cell.request(host, "task", "assign", value, payload=open_task.payload)
+            sent.on_done(partial(self._note_assigned, host))
+
+    def _note_assigned(self, host: str, done: Pending[Delivery]) -> None:
+        self._events.put(lambda: self._assigned(host, done))
+
+    def _assigned(self, host: str, done: Pending[Delivery]) -> None:
+        error = done.error()
+        # A host that is gone is somebody else's event; anything else means that it cannot work with the task.
+        if error is not None and not isinstance(error, NoRoute) and self._open is not None:
+            for site in self.roster.sites_of(host):
+                self._fail(site, f"could not take the task: {error}")
+
+    def _join(self, delivery: Delivery) -> None:
+        sites = delivery.plain()["sites"]
+        self.roster.join(delivery.source, sites)
+        delivery.reply({"job_id": self.job_id})
+        if self._open is not None:
+            waiting = [site for site in sites if site in self._open.tally.open and site not in self._open.arrived]
+            self._assign(waiting)
+
+    def _result(self, delivery: Delivery) -> None:
+        try:
+            fields = delivery.plain()
+            site, number, error = fields["site"], fields["number"], fields["error"]
+        except (DecodeError, KeyError, TypeError) as problem:
+            delivery.fail(DecodeError(f"result cannot be read: {problem}"))
+            return
+        open_task = self._open
+        if not self.roster.runs(delivery.source, site):
+            log.warning("%s answered for %.80r, which it does not run", delivery.source, site)
+            delivery.reply({"accepted": False, "reason": "not your site"})
+        elif open_task is None or not open_task.waits_for(site, number):
+            delivery.reply({"accepted": False, "reason": "the round is closed"})
+        elif site in open_task.arrived:
+            delivery.reply({"accepted": True, "reason": ""})
+        elif error is not None:
+            self._fail(site, str(error))
+            delivery.reply({"accepted": True, "reason": ""})
+        else:
+            open_task.arrived[site] = _Arrived(site, delivery, fields["model"])
+
+    def _stage(self, open_task: _OpenTask) -> None:
+        """Start pulling what has arrived, in the order it will be used, while there is room for it."""
+        for arrived in open_task.unstaged():
+            nbytes = arrived.delivery.nbytes
+            if nbytes > RESULT_FACTOR * open_task.nbytes + RESULT_SLACK_BYTES:
+                reason = f"result of {nbytes} bytes for a model of {open_task.nbytes}"
+                del open_task.arrived[arrived.site]
+                self._fail(arrived.site, reason)
+                arrived.answer(reason)
+                continue
+            if self._pool.leased_bytes + nbytes > max(STAGED_RESULTS * nbytes, STAGED_BYTES):
+                return
+            arrived.pulled = arrived.delivery.pull(self._pool)
+            # Only to wake this thread; what was pulled is found where it is.
+            arrived.pulled.on_done(lambda _: self._events.put(_nothing))
+
+    def _open_result(self, open_task: _OpenTask, arrived: _Arrived) -> Result | None:
+        """Decode what was pulled; None if there is nothing usable in it."""
+        del open_task.arrived[arrived.site]
+        assert arrived.pulled is not None
+        try:
+            model = decode(arrived.body, arrived.pulled.result())
+            if type(model) is not FLModel:
+                raise DecodeError("it is not an FLModel")
+        except (FlarebusError, OSError, MemoryError) as error:
+            if self.roster.host_of(arrived.site) is not None:
+                self._fail(arrived.site, f"its result could not be fetched: {error}")
+                arrived.answer(str(error))
+            return None
+        finally:
+            arrived.pulled = None
+        open_task.tally.use(arrived.site, self._clock())
+        open_task.metrics[arrived.site] = dict(model.metrics or {})
+        self.fire(
+            "result_accepted",
+            round=open_task.task.round,
+            site=arrived.site,
+            metrics=dict(model.metrics or {}),
+            n_accepted=len(open_task.tally.usable),
+            n_expected=len(open_task.targets),
+        )
+        return Result(arrived.site, open_task.task.round, model, self._refuse)
+
+    def _refuse(self, site: str, reason: str) -> None:
+        assert self._open is not None
+        self._open.metrics.pop(site, None)
+        self._open.tally.fail(site, reason)
+        log.warning("round %s: result of %s refused: %s", self._open.task.round, site, reason)
+        self.fire("result_refused", round=self._open.task.round, site=site, reason=reason)
+
+    def _fail(self, site: str, reason: str) -> None:
+        if self._open is None or site not in self._open.tally.open:
+            return
+        self._open.tally.fail(site, reason)
+        log.warning("round %s: %s failed: %s", self._open.task.round, site, reason)
+        self.fire("site_failed", round=self._open.task.round, site=site, reason=reason)
+
+    def _gone(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name in self.roster.hosts:
+                self.roster.leave(name)
+                self._forget_arrived(name)
+
+    def _forget_arrived(self, host: str) -> None:
+        """What a dead host offered cannot be pulled any more; what is here already is good."""
+        if self._open is None:
+            return
+        for site in self.roster.sites_of(host):
+            arrived = self._open.arrived.get(site)
+            if arrived is not None and arrived.delivery.message.manifest is not None and not arrived.is_here:
+                del self._open.arrived[site]
+
+    def _host_died(self, end: HostEnd) -> None:
+        log.warning("%s: %s", end.address, end.reason)
+        self.roster.leave(end.address)
+        self._forget_arrived(end.address)
+        sites = self.roster.sites_of(end.address) or end.sites
+        culprit = end.culprit
+        if culprit is not None and culprit in sites:
+            self._attempts[culprit] = self._attempts.get(culprit, 0) + 1
+            if self._attempts[culprit] >= MAX_ATTEMPTS:
+                self._bury(culprit, f"{end.reason}, {MAX_ATTEMPTS} times")
+        if not end.will_restart:
+            for site in sites:
+                self._bury(site, end.reason)
+
+    def _bury(self, site: str, reason: str) -> None:
+        self._fail(site, reason)
+        self.roster.bury(site, reason)
+
+    def _records(self, delivery: Delivery) -> None:
+        try:
+            self._archive.site_records(delivery.value())
+        except FlarebusError as error:
+            log.warning("metrics of %s dropped: %s", delivery.source, error)
+
+    def _dismiss(self, open_task: _OpenTask) -> None:
+        """Tell hosts that still work on a closed task to stop, and answer results that came too late."""
+        late = [site for site in open_task.targets if site not in open_task.tally.usable]
+        for host, sites in self.roster.by_host(late).items():
+            self._cell.notify(host, "task", "cancel", {"number": open_task.number, "sites": sites})
+        for arrived in open_task.arrived.values():
+            arrived.answer("the round is closed")
+
+
+class _Arrived:
+    """A result whose message is here; its arrays may not be yet."""
+
+    __slots__ = ("body", "delivery", "pulled", "site")
+
+    def __init__(self, site: str, delivery: Delivery, body: bytes) -> None:
+        self.site = site
+        self.delivery = delivery
+        self.body = body
+        self.pulled: Pending[Sequence[Any]] | None = None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether nothing more has to be fetched."""
+        return self.pulled is not None and self.pulled.is_done
+
+    def answer(self, refused: str | None) -> None:
+        """Tell the site what became of it; its `send` returns then."""
+        self.delivery.reply({"accepted": refused is None, "reason": refused or ""})
+
+
+class _OpenTask:
+    """The broadcast that runs now."""
+
+    def __init__(
+        self, number: int, task: Task, tally: Tally, payload: Payload, targets: Sequence[str], in_order: bool
+    ) -> None:
+        self.number = number
+        self.task = task
+        self.tally = tally
+        self.payload = payload
+        self.targets = targets
+        self.in_order = in_order
+        self.is_closing = False
+        self.nbytes = _nbytes(payload)
+        self.arrived: dict[str, _Arrived] = {}
+        self.metrics: dict[str, dict[str, Any]] = {}
+
+    def unstaged(self) -> list[_Arrived]:
+        """What has arrived and is not being pulled, in the order of use."""
+        return [arrived for arrived in self._in_turn() if arrived.pulled is None]
+
+    def next_ready(self) -> _Arrived | None:
+        """A result that is here and whose turn it is."""
+        for arrived in self._in_turn():
+            if arrived.is_here:
+                return arrived
+            if self.in_order:
+                return None
+        return None
+
+    def waits_for(self, site: str, number: int) -> bool:
+        """Whether an answer of `site` to task `number` still counts."""
+        return number == self.number and site in self.tally.open and not (self.is_closing and site not in self.arrived)
+
+    def _in_turn(self) -> Iterator[_Arrived]:
+        if not self.in_order:
+            yield from list(self.arrived.values())
+            return
+        for site in self.targets:
+            if site in self.arrived:
+                yield self.arrived[site]
+            elif site in self.tally.open and not self.is_closing:
+                return
+
+
+def _nbytes(payload: Payload) -> int:
+    if payload.manifest is not None:
+        return payload.manifest.nbytes
+    return len(payload.body) + sum(len(buffer) for buffer in payload.buffers)
+
+
+def _outgoing(task: Task) -> FLModel:
+    """The model as the scripts get it."""
+    model = task.model
+    return FLModel(
+        params_type=model.params_type,
+        params=model.params,
+        optimizer_params=model.optimizer_params,
+        metrics=model.metrics,
+        current_round=task.round,
+        total_rounds=task.total_rounds,
+        meta={**model.meta, **task.meta},
+    )
+
+
+def _nothing() -> None:
+    """An event that only wakes."""

@@ -1,0 +1,320 @@
+"""A simulated run: the server job with its router in this process, and a pool of workers that host the sites.
+
+Nothing listens on a network: the workers connect through a socket file in a folder that only this user may enter. With
+`debug` there are no workers and no sockets either; the same host runs the sites in this process, one after the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from flarebus.address import Address
+from flarebus.cell import Cell
+from flarebus.errors import ConfigError, FlarebusError, JobAborted, JobError
+from flarebus.job.definition import JobDefinition
+from flarebus.loop import Loop
+from flarebus.router import Router
+from flarebus.security.keys import KeyPair, ListenKeys
+from flarebus.server.archive import Archive
+from flarebus.server.job import ServerJob
+from flarebus.server.pool import HostEnd, WorkerPool, spread
+from flarebus.site.host import HostedSite, SiteHost
+from flarebus.site.log_config import LogConfig
+
+__all__ = ["Simulation", "start_simulation"]
+
+log = logging.getLogger(__name__)
+
+# Starting Python and NumPy takes a fraction of a second; a machine under heavy load may take a hundred times that.
+START_S = 120.0
+
+
+def start_simulation(
+    *,
+    job: JobDefinition,
+    sites: Sequence[str],
+    num_workers: int,
+    gpu_groups: Sequence[str] | None,
+    run_dir: Path,
+    log_config: str | None,
+    debug: bool,
+    extra: Mapping[str, Any],
+) -> Simulation:
+    """Start `job` on simulated `sites`, and return while it runs.
+
+    Args:
+        num_workers: processes that compute at once.
+        gpu_groups: `CUDA_VISIBLE_DEVICES` of each worker.
+        run_dir: an empty folder; the run writes nowhere else.
+        extra: `on_event`, a function that is told what happens, on the job's thread; `transport`, "ipc" or "tcp" (over
+            loopback, encrypted, to see what that costs).
+
+    Raises:
+        ConfigError: the job cannot start; nothing was started.
+    """
+    options = _Options(extra)
+    simulation = Simulation(job, list(sites), num_workers, gpu_groups, run_dir, log_config, debug, options)
+    simulation.start()
+    return simulation
+
+
+class _Options:
+    """The part of `SimEnv(extra=...)` that is known here."""
+
+    _KNOWN = ("on_event", "transport")
+
+    def __init__(self, extra: Mapping[str, Any]) -> None:
+        for name in extra:
+            if name not in self._KNOWN:
+                raise ConfigError("extra", name, f"known are {', '.join(self._KNOWN)}")
+        self.on_event: Callable[[str, dict[str, Any]], None] | None = extra.get("on_event")
+        self.transport = extra.get("transport", "ipc")
+        if self.transport not in ("ipc", "tcp"):
+            raise ConfigError("extra['transport']", self.transport, "ipc or tcp")
+
+
+class Simulation:
+    """A job that was started; a handle on it for any thread. Made by `start_simulation`."""
+
+    def __init__(
+        self,
+        job: JobDefinition,
+        sites: list[str],
+        num_workers: int,
+        gpu_groups: Sequence[str] | None,
+        run_dir: Path,
+        log_config: str | None,
+        debug: bool,
+        options: _Options,
+    ) -> None:
+        self.run_dir = run_dir
+        self.reason: str | None = None
+        self._job = job
+        self._sites = sites
+        self._num_workers = num_workers
+        self._gpu_groups = gpu_groups
+        self._log_config = log_config
+        self._debug = debug
+        self._options = options
+        self._state = "running"
+        self._over = threading.Event()
+        self._server_job: ServerJob | None = None
+        self._controller: Any = None
+        self._aborted_by: str | None = None
+        self._lock = threading.Lock()
+        # Not a daemon: a script that starts a job and comes to its end waits for the job.
+        self._thread = threading.Thread(target=self._run, name=f"flarebus job {job.name}")
+
+    def start(self) -> None:
+        """Check what can be checked now, and start the job's thread."""
+        LogConfig.parse(self._log_config)
+        self._controller = self._job.make_workflow()
+        self._thread.start()
+
+    def status(self) -> str:
+        """`running`, `completed`, `failed` or `aborted`."""
+        return self._state
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end, at most `timeout` seconds; whether it has come."""
+        return self._over.wait(timeout)
+
+    def abort(self, by: str) -> None:
+        """Ask the job to end; returns before it has."""
+        with self._lock:
+            self._aborted_by = self._aborted_by or by
+            if self._server_job is not None:
+                self._server_job.abort(by)
+
+    # -- on the job's thread from here on --
+
+    def _run(self) -> None:
+        server_dir = self.run_dir / "server"
+        try:
+            server_dir.mkdir(mode=0o700, exist_ok=True)
+            with _log_file(server_dir / "log.txt"):
+                self._state, self.reason = self._run_logged(server_dir)
+                log.log(logging.INFO if self._state == "completed" else logging.ERROR, "job %s", self._ending())
+        except Exception as error:  # the last boundary: whoever waits gets the reason, whatever it is
+            self._state, self.reason = "failed", _in_words(error)
+        if self._options.on_event is not None:
+            self._options.on_event("job_ended", {"state": self._state, "reason": self.reason})
+        self._over.set()
+
+    def _ending(self) -> str:
+        return f"{self._state}: {self.reason}" if self.reason else self._state
+
+    def _run_logged(self, server_dir: Path) -> tuple[str, str | None]:
+        """Run the job; how it ended, and why."""
+        state, reason = "failed", None
+        archive = None
+        try:
+            archive = Archive(server_dir, self._job)
+            with ExitStack() as stack:
+                self._run_job(stack, archive, server_dir)
+            state = "completed"
+        except JobAborted as error:
+            state, reason = "aborted", str(error)
+        except (JobError, FlarebusError, OSError, MemoryError) as error:
+            reason = _in_words(error)
+        except Exception as error:
+            # A fault of a plug-in or ours: the log has all of it, the user a line.
+            log.exception("job failed")
+            reason = f"{_in_words(error)}; the traceback is in {server_dir / 'log.txt'}"
+        if archive is not None:
+            try:
+                archive.close(state, reason)
+            except (FlarebusError, OSError) as error:
+                log.error("the run could not be closed: %s", error)
+                if state == "completed":
+                    state, reason = "failed", _in_words(error)
+        return state, reason
+
+    def _run_job(self, stack: ExitStack, archive: Archive, server_dir: Path) -> None:
+        loop = Loop(f"flarebus bus {self._job.name}")
+        stack.callback(loop.stop)
+        router = Router(loop)
+        stack.callback(router.close)
+        address = Address("server").child(self._job.job_id)
+        cell = Cell.attach(address, router, loop)
+        stack.callback(cell.close)
+        offload = self._job.workflow_settings.get("enable_tensor_disk_offload", False)
+        server_job = ServerJob(
+            self._job, cell, archive, self._options.on_event, staging=server_dir if offload else None
+        )
+        with self._lock:
+            self._server_job = server_job
+            if self._aborted_by is not None:
+                server_job.abort(self._aborted_by)
+        server_job.fire(
+            "job_started",
+            job_id=self._job.job_id,
+            sites=self._sites,
+            run_dir=str(self.run_dir),
+            total_rounds=self._job.workflow_settings.get("num_rounds"),
+        )
+        start = self._start_host if self._debug else self._start_workers
+        with start(stack, router, loop, server_job, str(address), server_dir):
+            server_job.wait_for_sites(self._sites, START_S)
+            self._controller.run(server_job)
+            server_job.end("completed")
+
+    @contextmanager
+    def _start_workers(
+        self, stack: ExitStack, router: Router, loop: Loop, server_job: ServerJob, server: str, server_dir: Path
+    ) -> Iterator[None]:
+        endpoint, dial_keys = self._listen(stack, router)
+
+        def exited(end: HostEnd) -> None:
+            server_job.host_died(end, lambda: pool.restart(end.address))
+
+        pool = WorkerPool(server_dir, exited)
+        graceful = False
+        try:
+            for number, sites in enumerate(spread(self._sites, self._num_workers), start=1):
+                address = f"worker-{number}.{self._job.job_id}"
+                environ = _limit_threads(self._num_workers)
+                if self._gpu_groups is not None:
+                    environ["CUDA_VISIBLE_DEVICES"] = self._gpu_groups[number - 1]
+                pool.start(self._worker_config(address, endpoint, dial_keys, server, sites), environ)
+            server_job.fire("workers_started", pids=pool.pids)
+            yield
+            graceful = True
+        except JobError:
+            # The scripts are well: let them come to their end, as after the last round.
+            server_job.end("the job has ended")
+            graceful = self._aborted_by is None
+            raise
+        finally:
+            pool.stop(at_once=not graceful)
+
+    @contextmanager
+    def _start_host(
+        self, stack: ExitStack, router: Router, loop: Loop, server_job: ServerJob, server: str, server_dir: Path
+    ) -> Iterator[None]:
+        cell = Cell.attach(f"worker-1.{self._job.job_id}", router, loop, self._aliases(self._sites))
+        stack.callback(cell.close)
+        host = SiteHost(
+            cell, server, self._job.job_id, self._hosted(self._sites), LogConfig.parse(self._log_config), console=True
+        )
+        thread = threading.Thread(target=host.run, name="flarebus host", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            host.end("the job has ended")
+            thread.join()
+
+    def _listen(self, stack: ExitStack, router: Router) -> tuple[str, dict[str, str] | None]:
+        if self._options.transport == "tcp":
+            server, worker = KeyPair.generate(), KeyPair.generate()
+            endpoint = router.bind("tcp://127.0.0.1:*", ListenKeys(server, frozenset({worker.public})))
+            keys = {"public": worker.public, "secret": worker.secret, "server": server.public}
+            return endpoint, {name: key.decode() for name, key in keys.items()}
+        # A path of its own and not in the run folder: the name of a socket may have little more than 100 bytes.
+        folder = tempfile.mkdtemp(prefix="flarebus-", dir=os.environ.get("XDG_RUNTIME_DIR"))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        return router.bind(f"ipc://{folder}/bus"), None
+
+    def _worker_config(
+        self, address: str, endpoint: str, keys: dict[str, str] | None, server: str, sites: Sequence[str]
+    ) -> dict[str, Any]:
+        return {
+            "address": address,
+            "aliases": self._aliases(sites),
+            "endpoint": endpoint,
+            "keys": keys,
+            "server": server,
+            "job_id": self._job.job_id,
+            "log_config": self._log_config,
+            "sites": [
+                {"name": site.name, "folder": str(site.folder), "config": site.config.to_json()}
+                for site in self._hosted(sites)
+            ],
+        }
+
+    def _aliases(self, sites: Sequence[str]) -> list[str]:
+        return [f"{site}.{self._job.job_id}" for site in sites]
+
+    def _hosted(self, sites: Sequence[str]) -> list[HostedSite]:
+        return [HostedSite(site, self.run_dir / site, self._job.site_config(site)) for site in sites]
+
+
+def _limit_threads(workers: int) -> dict[str, str]:
+    """Share the cores out: every worker's linear algebra would otherwise start a thread for each of them."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+
+
+@contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    """What flarebus logs in this process, in a file of the run as well."""
+    root = logging.getLogger("flarebus")
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    level = root.level
+    root.addHandler(handler)
+    if root.getEffectiveLevel() > logging.INFO:
+        root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        handler.close()
+
+
+def _in_words(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    text = str(error)
+    return text if isinstance(error, FlarebusError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
