@@ -1,0 +1,24 @@
+"""Say what to run and where: recipes, environments, and the handle on a run. What a `job.py` imports."""
+
+from __future__ import annotations
+
+from flarebus.job.kinds import DataKind, ExchangeFormat, FrameworkType, TransferType
+from flarebus.recipe.env import ExecEnv
+from flarebus.recipe.fedavg import FedAvgRecipe
+from flarebus.recipe.recipe import Recipe
+from flarebus.recipe.run import Run
+from flarebus.recipe.sim_env import SimEnv
+from flarebus.workflow.aggregator import ModelAggregator
+
+__all__ = [
+    "DataKind",
+    "ExchangeFormat",
+    "ExecEnv",
+    "FedAvgRecipe",
+    "FrameworkType",
+    "ModelAggregator",
+    "Recipe",
+    "Run",
+    "SimEnv",
+    "TransferType",
+]

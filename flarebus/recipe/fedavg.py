@@ -1,0 +1,359 @@
+"""FedAvgRecipe: federated averaging for any framework. Parameters, checked; the algorithm is a workflow elsewhere."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from flarebus.address import check_name
+from flarebus.errors import ConfigError
+from flarebus.job.checks import (
+    check_args,
+    check_enum,
+    check_flag,
+    check_int,
+    check_keys,
+    check_mapping,
+    check_number,
+    check_regex,
+    check_text,
+)
+from flarebus.job.class_ref import ClassRef
+from flarebus.job.definition import JobDefinition
+from flarebus.job.kinds import DataKind, ExchangeFormat, FrameworkType, TransferType
+from flarebus.job.site_config import SiteConfig
+from flarebus.recipe.recipe import Recipe
+from flarebus.recipe.validate import (
+    DEFAULT_COMMAND,
+    check_aggregator,
+    check_best_filename,
+    check_ckpt,
+    check_model,
+    check_runs_inside,
+    check_script,
+    check_site_name,
+    check_weights,
+)
+from flarebus.workflow.condition import Condition
+
+__all__ = ["FedAvgRecipe"]
+
+# The workflow is built with exactly these.
+_SETTINGS = (
+    "num_rounds",
+    "min_clients",
+    "clients_per_round",
+    "seed",
+    "deterministic",
+    "wait_time_after_min_received",
+    "round_timeout",
+    "exclude_vars",
+    "aggregation_weights",
+    "aggregator",
+    "key_metric",
+    "key_metric_mode",
+    "stop_cond",
+    "patience",
+    "enable_tensor_disk_offload",
+    "memory_gc_rounds",
+)
+_SITE_KEYS = (
+    "train_script",
+    "train_args",
+    "launch_external_process",
+    "command",
+    "framework",
+    "server_expected_format",
+    "params_transfer_type",
+    "launch_once",
+    "shutdown_timeout",
+    "client_memory_gc_rounds",
+    "cuda_empty_cache",
+)
+
+
+class FedAvgRecipe(Recipe):
+    """Federated averaging: every round each site trains the global model, and the weighted mean becomes the next one.
+
+    All parameters are checked here, and each either works or is refused. Files are looked for; nothing is written.
+
+    Args:
+        name: name of the job, and of its run folder.
+        model: what to start from: a module; `{"class_path": "pkg.mod.Class", "args": {...}}` (or `"path"`), built when
+            the job starts, with the training script's folder searched first; an array, or a list or dict of arrays or
+            numbers. None needs an `initial_ckpt`, except with `FrameworkType.RAW`: the first round makes the model.
+        initial_ckpt: weights to start from, `.npy .npz .pt .pth .safetensors`; with a `model`, names and shapes must
+            fit. An absolute path may exist on the server only; a relative one must exist and travels with the job.
+        min_clients: usable results a round needs, from 1.
+        num_rounds: rounds to run, from 1.
+        train_script: the Python file that every site runs; looked for in the working directory, then beside the running
+            script.
+        train_args: its arguments, in one string, split as a shell would.
+        aggregator: replaces the mean: an object with `accept_model`, `aggregate_model`, `reset_stats` (see
+            `ModelAggregator`), or `{"class_path", "args"}` for one, which can be exported too.
+        aggregator_data_kind: what is aggregated; WEIGHT_DIFF is checked against `params_transfer_type`.
+        launch_external_process: only False; external processes are not there yet.
+        command: only the default, likewise.
+        framework: what the script is written with; decides the model files. TENSORFLOW is not there yet.
+        server_expected_format: what parameters are on their way to the server.
+        params_transfer_type: whether sites answer with whole models or differences; the same for all sites.
+        model_persistor: only None; models are saved as files of the framework and as safetensors.
+        per_site_config: site name -> what is different there: any of `train_script train_args framework
+            server_expected_format params_transfer_type client_memory_gc_rounds cuda_empty_cache`, and the parameters
+            about external processes. When given, its sites are the sites of the job.
+        launch_once: only True, as `command`.
+        shutdown_timeout: only 0, as `command`.
+        key_metric: metric that tells the best model; "" for no best model.
+        stop_cond: end early once the averaged metrics fulfil `"<metric> <op> <number>"`, op one of `>= <= > < =`.
+        patience: end early after so many rounds without a better metric of `stop_cond`, from 1.
+        best_model_filename: name of the best model's file, `.safetensors` or for PyTorch `.pt`.
+        save_filename: old name of `best_model_filename`; both must be the same if both are given.
+        exclude_vars: regular expression searched in each parameter's name; what it finds is not averaged.
+        aggregation_weights: site -> factor on its weight, from 0; 1 for a site not listed.
+        server_memory_gc_rounds: clean up the server's memory every so many rounds; 0 for never.
+        enable_tensor_disk_offload: keep results in files, not in memory, until they are averaged.
+        client_memory_gc_rounds: clean up a site's memory every so many rounds; 0 for never.
+        cuda_empty_cache: give back cached GPU memory at each of these clean-ups.
+        key_metric_mode: "max" or "min"; None takes it from `stop_cond` if that names the same metric, else "max".
+        wait_time_after_min_received: seconds to wait for the others once `min_clients` results are there, from 0; None
+            waits for every live site.
+        round_timeout: seconds until a round ends with what it has, above 0; None for no limit.
+        clients_per_round: take part in a round: that many sites, drawn anew each time; None for all.
+        seed: of that draw, from 0.
+        deterministic: bit for bit the same mean whatever the order of arrival.
+
+    Raises:
+        ConfigError: a parameter is wrong; names it, its value and what is allowed.
+        NotImplementedError: a parameter asks for what this version does not have.
+    """
+
+    workflow: ClassVar[str] = "fedavg"
+
+    def __init__(
+        self,
+        *,
+        name: str = "fedavg",
+        model: Any = None,
+        initial_ckpt: str | None = None,
+        min_clients: int,
+        num_rounds: int = 2,
+        train_script: str,
+        train_args: str = "",
+        aggregator: Any = None,
+        aggregator_data_kind: DataKind | None = DataKind.WEIGHTS,
+        launch_external_process: bool = False,
+        command: str = DEFAULT_COMMAND,
+        framework: FrameworkType = FrameworkType.PYTORCH,
+        server_expected_format: ExchangeFormat = ExchangeFormat.NUMPY,
+        params_transfer_type: TransferType = TransferType.FULL,
+        model_persistor: Any = None,
+        per_site_config: dict[str, dict[str, Any]] | None = None,
+        launch_once: bool = True,
+        shutdown_timeout: float = 0.0,
+        key_metric: str = "accuracy",
+        stop_cond: str | None = None,
+        patience: int | None = None,
+        best_model_filename: str | None = None,
+        save_filename: str | None = None,
+        exclude_vars: str | None = None,
+        aggregation_weights: dict[str, float] | None = None,
+        server_memory_gc_rounds: int = 0,
+        enable_tensor_disk_offload: bool = False,
+        client_memory_gc_rounds: int = 0,
+        cuda_empty_cache: bool = False,
+        key_metric_mode: str | None = None,
+        wait_time_after_min_received: float | None = None,
+        round_timeout: float | None = None,
+        clients_per_round: int | None = None,
+        seed: int = 0,
+        deterministic: bool = False,
+    ) -> None:
+        given = dict(locals())  # before any other local: exactly the parameters
+        check_runs_inside(given)
+        if model_persistor is not None:
+            raise NotImplementedError(
+                f"model_persistor={model_persistor!r}: custom persistors belong to a later version; models are saved "
+                "as safetensors and, for PyTorch, as .pt"
+            )
+        settings = _settings(given)
+        defaults = _site_defaults(given)
+        sites = _sites(per_site_config, defaults)
+        if sites and len(sites) < settings["min_clients"]:
+            raise ConfigError("per_site_config", sorted(sites), f"at least min_clients={min_clients} sites")
+        data_kind = _data_kind(aggregator_data_kind, settings["aggregator"], list(sites.values()) or [defaults])
+        ckpt, bundled = check_ckpt(initial_ckpt)
+        start_model = check_model(model)
+        if start_model is None and ckpt is None and defaults.framework is not FrameworkType.RAW:
+            raise ConfigError("model", None, "needed, unless there is an initial_ckpt or the framework is RAW")
+        self._definition = JobDefinition(
+            name=check_name(name),
+            workflow=self.workflow,
+            workflow_settings=settings,
+            site_defaults=defaults,
+            sites=sites,
+            code_dir=Path(defaults.train_script).parent,
+            model=start_model,
+            initial_ckpt=ckpt,
+            ckpt_is_bundled=bundled,
+            best_model_filename=_best_filename(best_model_filename, save_filename, key_metric, defaults.framework),
+            aggregator_data_kind=data_kind,
+        )
+
+    @classmethod
+    def _parameters_of(cls, job: JobDefinition) -> dict[str, Any]:
+        settings = dict(job.workflow_settings)
+        check_keys(settings, _SETTINGS, ("min_clients",), "settings")
+        settings["server_memory_gc_rounds"] = settings.pop("memory_gc_rounds", 0)
+        if settings.get("aggregator") is not None:
+            settings["aggregator"] = settings["aggregator"].to_json()
+        return {
+            **settings,
+            **_site_parameters(job.site_defaults),
+            "per_site_config": {site: _site_parameters(config) for site, config in job.sites.items()} or None,
+            "name": job.name,
+            "model": job.model.to_json() if isinstance(job.model, ClassRef) else job.model,
+            "initial_ckpt": None if job.initial_ckpt is None else str(job.initial_ckpt),
+            "best_model_filename": job.best_model_filename,
+            "aggregator_data_kind": job.aggregator_data_kind,
+        }
+
+
+def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of the workflow, each checked."""
+    aggregator = check_aggregator(given["aggregator"])
+    minimum = check_int("min_clients", given["min_clients"], 1)
+    sample = _optional(check_int, "clients_per_round", given, 1)
+    if sample is not None and sample < minimum:
+        raise ConfigError("clients_per_round", sample, f"at least min_clients={minimum}, or None")
+    mode = given["key_metric_mode"]
+    if mode not in (None, "max", "min"):
+        raise ConfigError("key_metric_mode", mode, '"max", "min" or None')
+    wait, limit = given["wait_time_after_min_received"], given["round_timeout"]
+    settings = {
+        "num_rounds": check_int("num_rounds", given["num_rounds"], 1),
+        "min_clients": minimum,
+        "clients_per_round": sample,
+        "seed": check_int("seed", given["seed"], 0),
+        "deterministic": check_flag("deterministic", given["deterministic"]),
+        "wait_time_after_min_received": (
+            None if wait is None else check_number("wait_time_after_min_received", wait, minimum=0.0)
+        ),
+        "round_timeout": None if limit is None else check_number("round_timeout", limit, above=0.0),
+        "exclude_vars": _optional(check_regex, "exclude_vars", given),
+        "aggregation_weights": check_weights(given["aggregation_weights"]),
+        "aggregator": aggregator,
+        "key_metric": check_text("key_metric", given["key_metric"]),
+        "key_metric_mode": mode,
+        "stop_cond": given["stop_cond"],
+        "patience": _optional(check_int, "patience", given, 1),
+        "enable_tensor_disk_offload": check_flag("enable_tensor_disk_offload", given["enable_tensor_disk_offload"]),
+        "memory_gc_rounds": check_int("server_memory_gc_rounds", given["server_memory_gc_rounds"], 0),
+    }
+    _check_together(settings)
+    return settings
+
+
+def _optional(check: Callable[..., Any], parameter: str, given: Mapping[str, Any], *bounds: Any) -> Any:
+    return None if given[parameter] is None else check(parameter, given[parameter], *bounds)
+
+
+def _check_together(settings: Mapping[str, Any]) -> None:
+    """What only makes sense, or no sense, beside another parameter."""
+    stop = settings["stop_cond"]
+    if stop is not None:
+        condition = Condition.parse(stop)
+        mode = settings["key_metric_mode"]
+        if mode is not None and condition.key == settings["key_metric"] and condition.mode not in (None, mode):
+            raise ConfigError(
+                "key_metric_mode", mode, f"contradicts stop_cond={stop!r}, which asks for the {condition.mode}"
+            )
+    elif settings["patience"] is not None:
+        raise ConfigError("patience", settings["patience"], "needs a stop_cond, whose metric it watches")
+    if settings["aggregator"] is not None:
+        for parameter in ("exclude_vars", "aggregation_weights"):
+            if settings[parameter] is not None:
+                allowed = "None beside a custom aggregator, which alone decides what it averages and how"
+                raise ConfigError(parameter, settings[parameter], allowed)
+
+
+def _site_defaults(given: Mapping[str, Any], own: Mapping[str, str] | None = None) -> SiteConfig:
+    """What a site runs.
+
+    Args:
+        given: the parameters, by name.
+        own: how the user wrote a parameter that he gave for one site.
+    """
+    name = {key: key for key in _SITE_KEYS} | dict(own or {})
+    framework = check_enum(name["framework"], given["framework"], FrameworkType)
+    if framework is FrameworkType.TENSORFLOW:
+        raise NotImplementedError(
+            f"{name['framework']}={framework}: TensorFlow belongs to a later version; until then use FrameworkType.RAW"
+        )
+    gc_rounds = check_int(name["client_memory_gc_rounds"], given["client_memory_gc_rounds"], 0)
+    cuda = check_flag(name["cuda_empty_cache"], given["cuda_empty_cache"])
+    if cuda and not gc_rounds:
+        raise ConfigError(
+            name["cuda_empty_cache"], cuda, "needs client_memory_gc_rounds from 1: it is done at these clean-ups"
+        )
+    return SiteConfig(
+        train_script=check_script(name["train_script"], given["train_script"]),
+        train_args=check_args(name["train_args"], given["train_args"]),
+        framework=framework,
+        server_expected_format=check_enum(
+            name["server_expected_format"], given["server_expected_format"], ExchangeFormat
+        ),
+        params_transfer_type=check_enum(name["params_transfer_type"], given["params_transfer_type"], TransferType),
+        memory_gc_rounds=gc_rounds,
+        cuda_empty_cache=cuda,
+    )
+
+
+def _sites(per_site_config: object, defaults: SiteConfig) -> dict[str, SiteConfig]:
+    """Each site's configuration: its own values over those of all."""
+    if per_site_config is None:
+        return {}
+    sites = {}
+    for site, own in check_mapping("per_site_config", per_site_config).items():
+        check_site_name("per_site_config", site)
+        label = f"per_site_config[{site!r}]"
+        check_keys(check_mapping(label, own), _SITE_KEYS, (), label)
+        # None means the same as leaving it out, as in job scripts that pass on what they were given.
+        own = {key: value for key, value in own.items() if value is not None}
+        check_runs_inside(own, label)
+        sites[site] = _site_defaults({**_site_parameters(defaults), **own}, {key: f"{label}[{key!r}]" for key in own})
+    return sites
+
+
+def _site_parameters(config: SiteConfig) -> dict[str, Any]:
+    """The parameters of a recipe, or of one site, that make `config`."""
+    values = {each.name: getattr(config, each.name) for each in fields(config)}
+    values["client_memory_gc_rounds"] = values.pop("memory_gc_rounds")
+    return values
+
+
+def _data_kind(value: object, aggregator: object, sites: list[SiteConfig]) -> DataKind | None:
+    """The kind, after a look at whether the sites agree with it and with each other."""
+    types = {config.params_transfer_type for config in sites}
+    if len(types) > 1 and aggregator is None:
+        raise ConfigError("params_transfer_type", "FULL and DIFF", "the same for all sites; a mean never mixes them")
+    if value is None:
+        return None
+    kind = check_enum("aggregator_data_kind", value, DataKind)
+    if kind is DataKind.WEIGHT_DIFF and TransferType.FULL in types:
+        raise ConfigError(
+            "aggregator_data_kind", kind.value, "needs params_transfer_type=TransferType.DIFF at every site"
+        )
+    return kind
+
+
+def _best_filename(best: object, save: object, key_metric: str, framework: FrameworkType) -> str | None:
+    found = check_best_filename(best, save, framework)
+    if save is not None:
+        # Three levels up: this function, __init__, the caller.
+        warnings.warn("save_filename is the old name of best_model_filename", DeprecationWarning, stacklevel=3)
+    if found is not None and not key_metric:
+        raise ConfigError("best_model_filename", found, "needs a key_metric that tells the best model")
+    return found

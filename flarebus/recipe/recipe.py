@@ -1,0 +1,183 @@
+"""Recipe: what all recipes can do with the job they describe. A recipe itself starts nothing until it is told to."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from flarebus.errors import ConfigError, JobAborted, JobFailed
+from flarebus.job.checks import nearest
+from flarebus.job.definition import JobDefinition
+from flarebus.job.folder import read_job, write_job
+from flarebus.recipe.env import ExecEnv
+from flarebus.recipe.run import Run
+
+__all__ = ["Recipe"]
+
+_log = logging.getLogger(__name__)
+# How long an interrupted job may take to end in an orderly way, in seconds; a second interrupt cuts it short.
+_INTERRUPT_GRACE_S = 30.0
+_DEFAULT_EXPORT_DIR = "fl_job"
+
+
+class Recipe(ABC):
+    """A job description that can be run, started, written down and read back.
+
+    A concrete recipe checks its parameters in `__init__` and sets `_definition`; two recipes are equal when their
+    definitions are.
+    """
+
+    workflow: ClassVar[str]
+    """Name of the workflow, set by each recipe class that can be read back from a job folder."""
+
+    _by_workflow: ClassVar[dict[str, type[Recipe]]] = {}
+    _definition: JobDefinition
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "workflow" in cls.__dict__:
+            Recipe._by_workflow[cls.workflow] = cls
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        # Python's own message does not say which of thirty parameters was meant.
+        known = inspect.signature(cls.__init__).parameters
+        if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known.values()):
+            names = [name for name in known if name != "self"]
+            for name in kwargs:
+                if name not in names:
+                    raise TypeError(f"{cls.__name__} has no parameter {name!r}; {nearest(names, name)}")
+        return super().__new__(cls)
+
+    @property
+    def definition(self) -> JobDefinition:
+        """The job that this recipe describes."""
+        return self._definition
+
+    @property
+    def name(self) -> str:
+        """The name of the job."""
+        return self._definition.name
+
+    def start(self, env: ExecEnv) -> Run:
+        """Start the job in `env` and return at once.
+
+        Raises:
+            ConfigError: the job does not fit the environment; nothing was started.
+        """
+        if not isinstance(env, ExecEnv):
+            raise ConfigError("env", env, "an environment such as SimEnv(num_clients=2)")
+        return Run(env, env.deploy(self._definition))
+
+    def execute(self, env: ExecEnv) -> Run:
+        """Run the job in `env` and wait for its end.
+
+        If the process was started with `--export`, the job is written to `./fl_job`, or to the folder given by
+        `--export-dir`, and the process exits instead.
+
+        Raises:
+            ConfigError: the job does not fit the environment; nothing was started.
+            JobFailed: the job failed; says why and where its run folder is.
+            JobAborted: the job was aborted.
+            KeyboardInterrupt: the user interrupted; the job has been told to end and has had time to do so.
+        """
+        target = _export_target(sys.argv[1:])
+        if target is not None:
+            print(f"job written to {self.export(target)}")
+            raise SystemExit(0)
+        run = self.start(env)
+        try:
+            run_dir = run.get_result(clean_up=False)
+        except KeyboardInterrupt:
+            _end_early(env, run)
+            raise
+        if run_dir is None:
+            raise JobFailed("how it ended could not be seen; the log says why")
+        status = run.get_status()
+        reason = env.get_job_reason(run.get_job_id()) if status in ("failed", "aborted") else None
+        if status == "failed":
+            raise JobFailed(reason or "no reason was given", run_dir)
+        if status == "aborted":
+            raise JobAborted((reason or "somebody").removeprefix("aborted by "))
+        return run
+
+    def export(self, job_dir: str | Path) -> Path:
+        """Write the job to a folder, in place of a job that is there already, whole or not at all.
+
+        Returns:
+            The absolute path of the folder.
+
+        Raises:
+            ConfigError: it cannot be written, or it would take the place of something that is no job.
+        """
+        write_job(self._definition, Path(job_dir))
+        return Path(job_dir).absolute()
+
+    @classmethod
+    def load(cls, job_dir: str | Path) -> Self:
+        """Read back what `export` wrote, through the same checks that a new recipe goes through.
+
+        Raises:
+            ConfigError: the folder holds no job, or one with a mistake, or one of another recipe.
+        """
+        job = read_job(Path(job_dir))
+        kind = Recipe._by_workflow.get(job.workflow)
+        where = f"{Path(job_dir).absolute() / 'job.json'}: "
+        if kind is None:
+            known = nearest(Recipe._by_workflow, job.workflow)
+            raise ConfigError(f"{where}workflow", job.workflow, f"no recipe for this workflow; {known}")
+        # `FedAvgRecipe.load` gives one; so does `Recipe.load`, and a subclass that only adds defaults gives its own.
+        made = cls if issubclass(cls, kind) else kind
+        if not issubclass(made, cls):
+            raise ConfigError(
+                f"{where}workflow", job.workflow, f"not a job of {cls.__name__}; use {kind.__name__}.load"
+            )
+        try:
+            recipe = made(**made._parameters_of(job))
+        except ConfigError as error:
+            raise ConfigError(f"{where}{error.parameter}", error.value, error.allowed) from error
+        # Paths inside the folder are absolute by now; that the checkpoint belongs to the job is known from the folder.
+        recipe._definition = replace(recipe._definition, code_dir=job.code_dir, ckpt_is_bundled=job.ckpt_is_bundled)
+        return recipe
+
+    @classmethod
+    @abstractmethod
+    def _parameters_of(cls, job: JobDefinition) -> dict[str, Any]:
+        """The keyword arguments of `__init__` that describe `job`."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Recipe):
+            return NotImplemented
+        return self._definition == other._definition
+
+    __hash__ = None  # type: ignore[assignment]  # arrays and files take part in equality
+
+
+def _export_target(arguments: Sequence[str]) -> str | None:
+    """Where the command line asks to export to; None when it does not."""
+    if "--export" not in arguments:
+        return None
+    target = _DEFAULT_EXPORT_DIR
+    for index, argument in enumerate(arguments):
+        if argument == "--export-dir":
+            target = arguments[index + 1] if index + 1 < len(arguments) else ""
+        elif argument.startswith("--export-dir="):
+            target = argument.partition("=")[2]
+    if not target:
+        raise ConfigError("--export-dir", target, "the path of a folder")
+    return target
+
+
+def _end_early(env: ExecEnv, run: Run) -> None:
+    """After an interrupt: abort and wait a while. An interrupt of the waiting passes through."""
+    _log.warning("interrupted: ending job %s; interrupt again to leave at once", run.get_job_id())
+    run.abort()
+    try:
+        run.get_result(timeout=_INTERRUPT_GRACE_S, clean_up=False)
+    finally:
+        env.stop()
