@@ -1,0 +1,119 @@
+"""`flarebus bench`: what flarebus costs on this machine. Each command prints a short list, or one JSON line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+
+from flarebus.errors import UsageError
+
+__all__ = ["bench"]
+
+_json = click.option("--json", "as_json", is_flag=True, help="One JSON line instead of a list.")
+_curve = click.option("--curve", is_flag=True, help="Encrypted TCP connections.")
+
+
+@click.group()
+def bench() -> None:
+    """Measure flarebus on this machine."""
+
+
+@bench.command("round")
+@click.option(
+    "--mb",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    metavar="M",
+    help="Size of the model in MB (10**6 bytes).",
+)
+@click.option(
+    "--layers",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    metavar="L",
+    help="Number of equal float32 arrays in it.",
+)
+@click.option("--clients", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="Sites.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), metavar="T", help="Sites that compute at once. Default: one per processor."
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, metavar="R", help="Rounds.")
+@click.option("--env", type=click.Choice(["sim"]), default="sim", show_default=True, help="Where it runs.")
+@_curve
+@click.option("--external", is_flag=True, help="Training scripts in processes of their own; not built yet.")
+@click.option("--offload", is_flag=True, help="Incoming results in files instead of memory.")
+@_json
+def _round(*, env: str, external: bool, as_json: bool, **settings: Any) -> int:
+    """FedAvg rounds in which every site adds one to every weight.
+
+    The length of a round is measured at the server, from its beginning to that of the next: handing out, the sites'
+    work, averaging and saving. The median leaves out the first. The final weights are checked.
+    """  # fmt: skip
+    if external:
+        raise UsageError("--external: belongs to external trainers, which this version does not have")
+    from flarebus.cli.bench_round import RoundBench
+
+    figures = RoundBench(**settings).run()
+    _print(figures, as_json)
+    if figures["final_value"] != settings["rounds"]:
+        raise click.ClickException(f"final weights are {figures['final_value']}, not {settings['rounds']}")
+    return 0
+
+
+@bench.command("bus")
+@_curve
+@click.option(
+    "--transport", type=click.Choice(["tcp", "ipc"]), default="tcp", show_default=True, help="Kind of socket."
+)
+@_json
+def _bus(*, curve: bool, transport: str, as_json: bool) -> int:
+    """Latency and rate of requests, and the rate of a stream, through a router.
+
+    First through a router process of its own, then through one in the asking process, as a server has it.
+    """
+    if curve and transport != "tcp":
+        raise UsageError("--curve: needs --transport tcp; ipc sockets are not encrypted")
+    from flarebus.cli.bench_bus import run
+
+    _print(run(curve=curve, transport=transport), as_json)
+    return 0
+
+
+@bench.command("import")
+@click.option(
+    "--runs",
+    type=click.IntRange(min=1),
+    default=15,
+    show_default=True,
+    metavar="N",
+    help="Fresh interpreters to start, with and without the import.",
+)
+@_json
+def _import(*, runs: int, as_json: bool) -> int:
+    """What `import flarebus.client` costs a training script."""  # fmt: skip
+    from flarebus.cli.bench_import import run
+
+    _print(run(runs), as_json)
+    return 0
+
+
+def _print(figures: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(figures))
+        return
+    _print_list(figures, click.echo, "")
+
+
+def _print_list(figures: Mapping[str, Any], say: Callable[[str], None], indent: str) -> None:
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            say(f"{indent}{name}")
+            _print_list(value, say, indent + "  ")
+        else:
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+            say(f"{indent}{name:<{22 - len(indent)}} {shown}")

@@ -1,0 +1,57 @@
+"""The training script of the demo: what a site runs. An ordinary Client API script.
+
+Each round it measures the model it received, on the held-out digits and on the site's own, trains it on the site's own,
+and sends it back.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+
+import flarebus.client as flare
+from workflows._digits import ALPHA, accuracy, load_digits, partition, train
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Take part until the job ends."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sites", required=True, help="names of all sites, comma between")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--alpha", type=float, default=ALPHA)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=0.1)
+    args = parser.parse_args()
+
+    flare.init()
+    sites = args.sites.split(",")
+    number = sites.index(flare.get_site_name())
+    digits = load_digits(args.seed)
+    mine = partition(digits.train_y, len(sites), args.alpha, args.seed)[number]
+    x, y = digits.train_x[mine], digits.train_y[mine]
+    print(f"{len(y)} examples, by class: {np.bincount(y, minlength=10).tolist()}")
+
+    while flare.is_running():
+        model = flare.receive()
+        if model is None:
+            break
+        params = model.params or {}
+        metrics = {
+            "accuracy": accuracy(params, digits.test_x, digits.test_y),
+            "local_accuracy": accuracy(params, x, y),
+        }
+        # Seeded by site and round: the same numbers whichever worker trains the site, and whenever.
+        random = np.random.default_rng((args.seed, number, model.current_round or 0))
+        n_steps = train(
+            params, x, y, random, epochs=args.epochs, batch_size=args.batch_size, learning_rate=args.learning_rate
+        )
+        print(f"round {model.current_round}: {metrics}, {n_steps} steps")
+        flare.send(flare.FLModel(params=params, metrics=metrics, meta={"NUM_STEPS_CURRENT_ROUND": n_steps}))
+
+
+if __name__ == "__main__":
+    main()

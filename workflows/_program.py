@@ -1,0 +1,206 @@
+"""The program behind `python -m workflows.fedavg`: a command line in front of `FedAvgRecipe` and an environment.
+
+It builds recipe and environment from the options, shows what happens while the job runs, and says at the end what came
+out and where it lies. How a job runs is none of its business. Exit codes: 0 done; 1 the job failed; 2 wrong usage; 130
+stopped with Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from flarebus.errors import ConfigError, FlarebusError, JobAborted, JobFailed, UsageError
+from flarebus.workflow.condition import Condition
+from workflows._options import Options, SectionedCommand, option_of, with_options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from flarebus.recipe import SimEnv
+    from workflows._outcome import Outcome
+    from workflows._plan import Plan
+    from workflows._progress import Watcher
+
+__all__ = ["main"]
+
+_OK, _FAILED, _USAGE, _STOPPED = 0, 1, 2, 130
+
+_ABOUT = """Federated averaging: in every round each site trains the model on its own data, and the server averages.
+
+Without arguments it trains a small network on the handwritten digits that come with scikit-learn, split over four
+sites. With --train-script it runs your own script: one that calls flare.init(), flare.receive() and flare.send().
+"""
+
+_EXAMPLES = """\b
+Examples:
+  python -m workflows.fedavg
+  python -m workflows.fedavg --clients 20 --rounds 30 --threads 2 --json
+  python -m workflows.fedavg --train-script client.py --model net:Net --clients 8
+  python -m workflows.fedavg --train-script client.py --train-args "--epochs 2" \\
+      --initial-ckpt start.safetensors --stop-cond "accuracy >= 0.9"
+
+Metrics that a site sends with its update describe the model it received, so the metrics of a round belong to the model
+that entered it. For the digits the finished model is measured as well, on the held-out part.
+
+\b
+Exit codes:
+  0 done   1 the job failed   2 wrong usage   130 stopped with Ctrl-C (a second one leaves at once)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; return its exit code.
+
+    Args:
+        argv: the arguments; those of the process when None.
+    """
+    try:
+        code = _command.main(None if argv is None else list(argv), "python -m workflows.fedavg", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        print("stopped", file=sys.stderr)
+        return _STOPPED
+    return int(code or _OK)
+
+
+@click.command(
+    cls=SectionedCommand,
+    help=_ABOUT,
+    epilog=_EXAMPLES,
+    context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
+)
+@with_options
+def _command(options: Options) -> int:
+    from rich.console import Console
+
+    # With --json, standard output belongs to the program that reads it.
+    console = Console(stderr=options.json, highlight=False)
+    begin = time.monotonic()
+    ending = _run(options, console)
+    if ending.code != _OK:
+        click.echo(f"{'stopped' if ending.code == _STOPPED else 'error'}: {ending.reason}", err=True)
+        if ending.run_dir is not None:
+            click.echo(f"logs: {ending.run_dir}/server/log.txt, and log.txt of each site beside it", err=True)
+    if options.json:
+        click.echo(json.dumps(ending.to_json() | {"total_s": round(time.monotonic() - begin, 3)}))
+    return ending.code
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """How it went: exit code, the reason unless all went well, and what there is to show."""
+
+    code: int
+    reason: str = ""
+    run_dir: Path | None = None
+    outcome: Outcome | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        state = {_OK: "completed", _STOPPED: "aborted"}.get(self.code, "failed")
+        found = {"rounds": 0, "final": {}, "best": {}, "accuracy_per_round": [], "run_dir": None}
+        if self.outcome is not None:
+            found |= self.outcome.to_json()
+        elif self.run_dir is not None:
+            found["run_dir"] = str(self.run_dir)
+        return {"workflow": "fedavg", "state": state} | ({"reason": self.reason} if self.reason else {}) | found
+
+
+def _run(options: Options, console: Console) -> _Ending:
+    """Do all of it. What goes wrong becomes an ending here, once; a traceback means a bug."""
+    from workflows._plan import plan
+    from workflows._progress import Watcher
+
+    watcher = Watcher(console, options.key_metric)
+    try:
+        planned = plan(options)
+        _train(planned, options, watcher)
+        outcome = _outcome(watcher, planned, options)
+        if outcome is not None:
+            _report(outcome, console)
+    except ConfigError as error:
+        return _Ending(_USAGE, option_of(error))
+    except (UsageError, NotImplementedError) as error:
+        return _Ending(_USAGE, str(error))
+    except (JobAborted, KeyboardInterrupt) as error:
+        return _Ending(_STOPPED, str(error) or "Ctrl-C", watcher.run_dir, _outcome(watcher, None, options))
+    except (FlarebusError, OSError, RuntimeError) as error:
+        reason = error.reason if isinstance(error, JobFailed) else str(error)
+        return _Ending(_FAILED, reason, watcher.run_dir, _outcome(watcher, None, options))
+    return _Ending(_OK, "", watcher.run_dir, outcome)
+
+
+def _train(planned: Plan, options: Options, watcher: Watcher) -> None:
+    """Run the job to its end.
+
+    Raises:
+        FlarebusError: something about it was wrong, it failed, or it was aborted.
+        KeyboardInterrupt: Ctrl-C; the job has ended, unless a second one came.
+    """
+    from flarebus.recipe import FedAvgRecipe
+
+    recipe = FedAvgRecipe(**planned.arguments)
+    with watcher:
+        recipe.execute(_environment(options, watcher))
+
+
+def _environment(options: Options, watcher: Watcher) -> SimEnv:
+    from flarebus.recipe import SimEnv
+
+    return SimEnv(
+        clients=list(options.clients),
+        num_threads=options.threads,
+        gpu_config=options.gpu_config,
+        log_config=options.log_config,
+        workspace_root=options.workspace,
+        extra={"on_event": watcher.on_event},
+    )
+
+
+def _outcome(watcher: Watcher, planned: Plan | None, options: Options) -> Outcome | None:
+    """What the run left in its folder; without a plan, of a run that did not get to its end."""
+    from workflows._outcome import Outcome, model_files, read_rounds
+
+    if watcher.run_dir is None:
+        return None
+    measured: dict[str, float] = {}
+    if planned is not None and planned.measure is not None:
+        final = [path for path in model_files(watcher.run_dir) if path.name == "FL_global_model.safetensors"]
+        measured = planned.measure(final[0]) if final else {}
+    return Outcome(
+        run_dir=watcher.run_dir,
+        rounds=read_rounds(watcher.run_dir),
+        key_metric=options.key_metric,
+        mode=_mode(options),
+        site_metric=options.key_metric if planned is None else planned.site_metric,
+        measured=measured,
+    )
+
+
+def _mode(options: Options) -> str:
+    """Which way the key metric gets better, by the rule of the recipe."""
+    if options.key_metric_mode is None and options.stop_cond is not None:
+        condition = Condition.parse(options.stop_cond)
+        if condition.key == options.key_metric:
+            return condition.mode or "max"
+    return options.key_metric_mode or "max"
+
+
+def _report(outcome: Outcome, console: Console) -> None:
+    from workflows._report import draw_plot, show
+
+    try:
+        plot = draw_plot(outcome)
+    except ModuleNotFoundError as error:
+        console.print(f"no plot: {error}; pip install 'flarebus[plot]'")
+        plot = None
+    show(outcome, console, plot)
