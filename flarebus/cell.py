@@ -1,0 +1,478 @@
+"""Cell: a running endpoint with one address, its channels and its transfers.
+
+From any thread: `request`, `notify`, `share`, `on`, `close`. Encoding happens on the caller's thread; sockets,
+tables and transfers live on the loop's; handlers run on a thread per channel, in the order of arrival, so that a
+slow one holds up nobody else. `cell.py` is the shell: what to ask for, whom to answer and what is late is decided in
+`channel` and `transfer`.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+
+from flarebus.address import Address
+from flarebus.carrier import Carrier
+from flarebus.channel import Answered, Requests
+from flarebus.codec import encode
+from flarebus.delivery import Delivery, Handler, Lane
+from flarebus.dial import Dial
+from flarebus.errors import (
+    Closed,
+    DeadlineExceeded,
+    DecodeError,
+    FlarebusError,
+    LinkError,
+    NoRoute,
+    UsageError,
+)
+from flarebus.failure import decode_failure, encode_failure
+from flarebus.loop import Loop
+from flarebus.message import Buffer, Kind, Manifest, Message
+from flarebus.pending import Pending
+from flarebus.router import Router
+from flarebus.security.keys import DialKeys
+from flarebus.slab import SlabPool
+from flarebus.sockets import Head, frame_bytes, receive_rest
+from flarebus.transfer import LEASE_S
+from flarebus.wire import (
+    CHUNK,
+    MAX_BODY_BYTES,
+    MAX_INLINE_BYTES,
+    decode_message,
+    encode_message,
+)
+
+__all__ = ["Cell", "CellStatistics", "Payload"]
+
+log = logging.getLogger(__name__)
+
+# More than any model; a header that claims more is a mistake or an attack.
+MAX_PULL_BYTES = 1 << 40
+
+
+@dataclass(frozen=True)
+class CellStatistics:
+    """What a cell has done since it was made, and what it is doing."""
+
+    messages_sent: int
+    messages_received: int
+    bytes_pulled: int
+    bytes_served: int
+    requests_waiting: int
+    offers_held: int
+    pulls_running: int
+    queued: dict[str, int]
+    """Channel -> deliveries that wait for its thread."""
+
+
+@dataclass(frozen=True)
+class Payload:
+    """A value encoded once for any number of messages; made by `Cell.share`.
+
+    Small buffers were copied and ride in every message. Big ones are referenced until `Cell.withdraw`: whoever shares
+    arrays leaves them alone that long.
+    """
+
+    body: bytes
+    buffers: tuple[Buffer, ...]
+    manifest: Manifest | None
+
+
+class Cell:
+    """One endpoint on the bus. Make it with `Cell.dial` or `Cell.attach`.
+
+    Args:
+        address: its name.
+        loop: the thread it lives on.
+        aliases: more names that lead here, such as the sites of a simulation's worker.
+    """
+
+    def __init__(self, address: str, loop: Loop, aliases: Iterable[str] = ()) -> None:
+        self.address = Address(address)
+        self._names = [str(self.address), *(str(Address(alias)) for alias in aliases)]
+        self._loop = loop
+        self._owns_loop = False
+        self._dial: Dial | None = None
+        self._router: Router | None = None
+        # Random, so that a cell that came back does not repeat the ids of the one it replaces.
+        self._requests: Requests[Pending[Delivery]] = Requests(secrets.randbits(62))
+        self._answered = Answered()
+        self._carrier = Carrier(str(self.address), loop, self._send)
+        self._lanes: dict[str, Lane] = {}
+        self._handlers: dict[tuple[str, str], tuple[Callable[[Handler, Delivery], None], Handler]] = {}
+        self._gone_watchers: list[Callable[[Sequence[str]], None]] = []
+        self._lost_watchers: list[Callable[[LinkError], None]] = []
+        self._up: Pending[None] = Pending()
+        self._closed = False
+        self._sent = self._received = 0
+
+    @classmethod
+    def dial(cls, address: str, endpoint: str, keys: DialKeys | None = None, aliases: Iterable[str] = ()) -> Cell:
+        """A cell with a thread and a connection of its own, up to the router at `endpoint`."""
+        cell = cls(address, Loop(f"flarebus bus {address}"), aliases)
+        cell._owns_loop = True
+
+        def connect() -> None:
+            cell._loop.add_actor(cell)
+            cell._dial = Dial(cell._loop, endpoint, keys, cell)
+
+        cell._loop.run(connect)
+        return cell
+
+    @classmethod
+    def attach(cls, address: str, router: Router, loop: Loop, aliases: Iterable[str] = ()) -> Cell:
+        """A cell of the router's own process, on the router's loop, with no socket between them."""
+        cell = cls(address, loop, aliases)
+        cell._router = router
+
+        def join() -> None:
+            loop.add_actor(cell)
+            router.attach(cell)
+            cell._up.set(None)
+
+        loop.run(join)
+        return cell
+
+    # -- from any thread --
+
+    def wait_until_up(self, timeout: float | None = None) -> None:
+        """Return when the router knows this cell.
+
+        Raises:
+            LinkError: it refused, left, or could not be reached within `timeout` seconds.
+        """
+        self._up.result(timeout)
+
+    def request(
+        self,
+        target: str,
+        channel: str,
+        topic: str,
+        value: Any = None,
+        *,
+        payload: Payload | None = None,
+        timeout: float | None = None,
+    ) -> Pending[Delivery]:
+        """Ask `target` something; the pending delivery is its reply.
+
+        Args:
+            value: anything the codec takes. Large arrays in it are offered, not copied, until the answer is there.
+            payload: shared buffers to go with it instead; `value` holds `payload.body` where the receiver looks for it,
+                and no arrays of its own.
+            timeout: seconds until `DeadlineExceeded`; None leaves it to the target's life and to the link.
+
+        Raises:
+            EncodeError: `value` may not travel. All other errors come through the pending delivery.
+        """
+        pending: Pending[Delivery] = Pending()
+        number = self._requests.new_id()
+        message = self._message(target, Kind.REQUEST, number, channel, topic, value, payload, timeout)
+        self._loop.post(self._begin, number, target, pending, timeout, encode_message(message))
+        if payload is None and message.manifest is not None:
+            # The answer settles it: nobody needs the arrays after that.
+            transfer = message.manifest.transfer
+            pending.on_done(lambda _: self._post_quietly(self._carrier.withdraw, transfer))
+        return pending
+
+    def notify(self, target: str, channel: str, topic: str, value: Any = None) -> None:
+        """Tell `target` something; no answer, no promise that it arrives."""
+        message = self._message(target, Kind.EVENT, self._requests.new_id(), channel, topic, value, None, None)
+        self._loop.post(self._send_quietly, encode_message(message))
+
+    def share(self, value: Any, receivers: Iterable[str]) -> Payload:
+        """Encode `value` once, for messages to any of `receivers`. Large arrays are offered until `withdraw`.
+
+        Raises:
+            EncodeError: `value` may not travel.
+        """
+        body, buffers = encode(value)
+        if sum(buffer.nbytes for buffer in buffers) <= MAX_INLINE_BYTES:
+            return Payload(body, tuple(bytes(buffer) for buffer in buffers), None)
+        return Payload(body, (), self._carrier.offer(buffers, tuple(receivers), None))
+
+    def admit(self, payload: Payload, receiver: str) -> None:
+        """Let one more cell pull a shared payload."""
+        if payload.manifest is not None:
+            self._loop.post(self._carrier.admit, payload.manifest.transfer, receiver)
+
+    def withdraw(self, payload: Payload) -> None:
+        """End a shared payload: nobody pulls from it any more when this returns."""
+        if payload.manifest is not None:
+            self._loop.run(self._carrier.withdraw, payload.manifest.transfer)
+
+    def on(self, channel: str, topic: str, handler: Handler) -> None:
+        """Handle messages of `topic` on the channel's own thread; what `handler` returns is the reply."""
+        if channel not in self._lanes:
+            self._lanes[channel] = Lane(f"flarebus {self.address} {channel}")
+        self._handlers[channel, topic] = self._lanes[channel].put, handler
+
+    def inbox(self, channel: str, topic: str, put: Callable[[Delivery], None]) -> None:
+        """Hand messages of `topic` to `put`, with nothing pulled. It runs on the bus thread and must not block, as the
+        `put` of a queue; whoever takes them out answers with `reply` or `fail`."""
+        self._handlers[channel, topic] = (lambda _, delivery: put(delivery)), _no_handler
+
+    def on_gone(self, watcher: Callable[[Sequence[str]], None]) -> None:
+        """Call `watcher(names)` when cells go away; on the bus thread, so it must not block."""
+        self._gone_watchers.append(watcher)
+
+    def on_link_lost(self, watcher: Callable[[LinkError], None]) -> None:
+        """Call `watcher(error)` when the router is gone for good; on the bus thread, so it must not block."""
+        self._lost_watchers.append(watcher)
+
+    def pull(self, manifest: Manifest, target: str, pool: SlabPool | None = None) -> Pending[Sequence[Buffer]]:
+        """Bring what `manifest` offers to `target` (this cell, or an alias of it) into slabs; see `Delivery.pull`."""
+        return self._carrier.pull(manifest, target, pool)
+
+    def reply(self, message: Message, value: Any) -> None:
+        """Answer `message`; see `Delivery.reply`."""
+        if message.kind is not Kind.REQUEST:
+            return
+        try:
+            answer = self._answer(message, value)
+        except FlarebusError as error:
+            self.reply_failure(message, error)
+            return
+        self._post_quietly(self._send_answer, message, encode_message(answer))
+
+    def reply_failure(self, message: Message, error: BaseException) -> None:
+        """Answer `message` with an error; see `Delivery.fail`."""
+        if message.kind is not Kind.REQUEST:
+            log.warning("%s/%s from %s failed: %s", message.channel, message.topic, message.source, error)
+            return
+        answer = Message(message.source, message.target, Kind.ERROR, 0, answers=message.id, body=encode_failure(error))
+        self._post_quietly(self._send_answer, message, encode_message(answer))
+
+    def statistics(self) -> CellStatistics:
+        """A snapshot."""
+        statistics = self._loop.run(self._statistics)
+        assert isinstance(statistics, CellStatistics)
+        return statistics
+
+    def close(self) -> None:
+        """Say goodbye and fail whatever still waits. Idempotent; never hangs on a peer."""
+        if self._closed:
+            return
+        self._closed = True
+        for lane in self._lanes.values():
+            lane.close()
+        try:
+            self._loop.run(self._close)
+        except Closed:  # the loop was stopped first
+            return
+        if self._owns_loop:
+            self._loop.stop()
+
+    def _message(
+        self,
+        target: str,
+        kind: Kind,
+        number: int,
+        channel: str,
+        topic: str,
+        value: Any,
+        payload: Payload | None,
+        timeout: float | None,
+    ) -> Message:
+        buffers: tuple[Buffer, ...]
+        if payload is None:
+            body, buffers, manifest = self._encode(value, target, None if kind is Kind.REQUEST else LEASE_S)
+        else:
+            body, extra = encode(value, externalise_from=MAX_BODY_BYTES)
+            if extra:
+                raise UsageError("a message with a shared payload carries no arrays of its own")
+            buffers, manifest = payload.buffers, payload.manifest
+        return Message(
+            target,
+            str(self.address),
+            kind,
+            number,
+            channel=channel,
+            topic=topic,
+            ttl_s=timeout or 0.0,
+            manifest=manifest,
+            body=body,
+            buffers=buffers,
+        )
+
+    def _answer(self, message: Message, value: Any) -> Message:
+        body, buffers, manifest = self._encode(value, message.source, LEASE_S)
+        return Message(
+            message.source,
+            message.target,
+            Kind.REPLY,
+            0,
+            answers=message.id,
+            manifest=manifest,
+            body=body,
+            buffers=buffers,
+        )
+
+    def _encode(
+        self, value: Any, receiver: str, lease_s: float | None
+    ) -> tuple[bytes, tuple[Buffer, ...], Manifest | None]:
+        body, buffers = encode(value)
+        if sum(buffer.nbytes for buffer in buffers) <= MAX_INLINE_BYTES:
+            # Copied now: the caller may change its arrays as soon as this returns.
+            return body, tuple(bytes(buffer) for buffer in buffers), None
+        return body, (), self._carrier.offer(buffers, (receiver,), lease_s)
+
+    # -- on the loop's thread from here on --
+
+    def names(self) -> list[str]:
+        """The names that lead here."""
+        return self._names
+
+    def accept(self, frames: Sequence[Buffer | zmq.Frame]) -> None:
+        """Take a whole message."""
+        if self._carrier.take(frames):
+            return
+        try:
+            message = decode_message([frame_bytes(frame) for frame in frames])
+        except DecodeError as error:
+            log.warning("%s: message from %.80r dropped: %s", self.address, frame_bytes(frames[1]), error)
+            return
+        self._received += 1
+        self._handle(message)
+
+    def read(self, head: Head, socket: zmq.Socket[bytes]) -> None:
+        """Take a message whose rest is still on `socket`."""
+        if head.header == CHUNK:
+            self._carrier.read_chunk(head, socket)
+        else:
+            rest = receive_rest(socket, head.more)
+            self.accept((head.target, head.source, head.header, head.body, *rest))
+
+    def link_up(self) -> None:
+        """The router knows us: ask again for whatever a lost connection may have swallowed."""
+        if self._up.is_done:
+            for waiting in self._requests.waiting():
+                self._send_quietly(waiting.frames)
+            self._carrier.resume()
+        self._up.set(None)
+
+    def link_lost(self, error: LinkError) -> None:
+        """The router is gone: nothing that goes through it will be answered."""
+        self._up.fail(error)
+        for waiting in self._requests.lost({waiting.target for waiting in self._requests.waiting()}):
+            waiting.token.fail(NoRoute(waiting.target, str(error)))
+        self._carrier.fail(error)
+        for watcher in self._lost_watchers:
+            watcher(error)
+
+    def peers_gone(self, names: Sequence[str]) -> None:
+        """Cells went away: whoever waits for them hears it now."""
+        # First, so that whoever sees a pull fail knows already that its holder is gone.
+        for watcher in self._gone_watchers:
+            watcher(names)
+        gone = set(names)
+        for waiting in self._requests.lost(gone):
+            waiting.token.fail(NoRoute(waiting.target, "gone"))
+        self._carrier.lost(gone)
+
+    def tick(self, now: float) -> float | None:
+        """Deadlines, leases and stalled pulls."""
+        for waiting in self._requests.tick(now):
+            waiting.token.fail(DeadlineExceeded(f"{waiting.target} did not answer in time"))
+        due = (self._requests.next_event(), self._carrier.tick(now))
+        return min((when for when in due if when is not None), default=None)
+
+    def _send(self, frames: Sequence[Buffer | zmq.Frame]) -> None:
+        self._sent += 1
+        if self._router is not None:
+            self._router.send_local(self, frames)
+        elif self._dial is not None:
+            self._dial.send(frames)
+
+    def _send_quietly(self, frames: Sequence[Buffer | zmq.Frame]) -> None:
+        try:
+            self._send(frames)
+        except LinkError as error:
+            log.warning("%s: not sent: %s", self.address, error)
+
+    def _post_quietly(self, call: Callable[..., None], *args: Any) -> None:
+        try:
+            self._loop.post(call, *args)
+        except Closed:  # nobody is left to be told
+            return
+
+    def _begin(
+        self, number: int, target: str, pending: Pending[Delivery], timeout: float | None, frames: Sequence[Buffer]
+    ) -> None:
+        deadline = None if timeout is None else self._loop.clock() + timeout
+        self._requests.begin(number, target, pending, deadline, frames)
+        self._loop.wake_by(deadline)
+        try:
+            self._send(frames)
+        except LinkError as error:
+            self._requests.fail(number)
+            pending.fail(error)
+
+    def _handle(self, message: Message) -> None:
+        if message.kind in (Kind.REPLY, Kind.ERROR):
+            self._handle_answer(message)
+            return
+        if message.kind is Kind.REQUEST:
+            before = self._answered.seen(message.source, message.id)
+            if before is not None:
+                if before:
+                    self._send_quietly(before)
+                return
+        entry = self._handlers.get((message.channel, message.topic))
+        delivery = Delivery(self, message)
+        if entry is None:
+            delivery.fail(NoRoute(message.target, f"no handler for {message.channel}/{message.topic}"))
+            return
+        put, handler = entry
+        put(handler, delivery)
+
+    def _handle_answer(self, message: Message) -> None:
+        pending = self._requests.answer(message.answers, message.source)
+        if pending is None:
+            return
+        if message.kind is Kind.ERROR:
+            pending.fail(decode_failure(message.body, message.source))
+            return
+        delivery = Delivery(self, message)
+
+        def pulled(buffers: Pending[Sequence[Buffer]]) -> None:
+            error = buffers.error()
+            pending.set(delivery) if error is None else pending.fail(error)
+
+        delivery.pull().on_done(pulled)
+
+    def _send_answer(self, message: Message, frames: Sequence[Buffer]) -> None:
+        self._answered.answered(message.source, message.id, frames)
+        self._send_quietly(frames)
+
+    def _statistics(self) -> CellStatistics:
+        return CellStatistics(
+            messages_sent=self._sent,
+            messages_received=self._received,
+            bytes_pulled=self._carrier.bytes_pulled,
+            bytes_served=self._carrier.bytes_served,
+            requests_waiting=len(self._requests),
+            offers_held=self._carrier.offers_held,
+            pulls_running=self._carrier.pulls_running,
+            queued={channel: len(lane) for channel, lane in self._lanes.items()},
+        )
+
+    def _close(self) -> None:
+        self._loop.remove_actor(self)
+        if self._dial is not None:
+            self._dial.close()
+        if self._router is not None:
+            self._router.detach(self)
+        error = Closed(f"{self.address} was closed")
+        for waiting in self._requests.lost({waiting.target for waiting in self._requests.waiting()}):
+            waiting.token.fail(error)
+        self._carrier.fail(error)
+
+
+def _no_handler(_: Delivery) -> None:
+    """Stands in for a handler where an inbox takes the deliveries."""

@@ -1,0 +1,120 @@
+"""Delivery: a message that arrived, for whoever handles it. Lane: the thread that handles one channel, in order."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flarebus.codec import decode
+from flarebus.message import Buffer, Message
+from flarebus.pending import Pending
+from flarebus.slab import SlabPool
+
+if TYPE_CHECKING:
+    from flarebus.cell import Cell
+
+__all__ = ["Delivery", "Handler", "Lane"]
+
+log = logging.getLogger(__name__)
+
+
+class Delivery:
+    """One message and what may be done with it. From any thread.
+
+    Big buffers are not here until somebody pulls them: a handler that only looks at the message costs no memory.
+    """
+
+    __slots__ = ("_buffers", "_cell", "message")
+
+    def __init__(self, cell: Cell, message: Message) -> None:
+        self.message = message
+        self._cell = cell
+        self._buffers: Pending[Sequence[Buffer]] | None = None
+
+    @property
+    def source(self) -> str:
+        """Address of the sender, as its connection was allowed to state it."""
+        return self.message.source
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, here or still at their holder."""
+        manifest = self.message.manifest
+        return manifest.nbytes if manifest is not None else sum(len(buffer) for buffer in self.message.buffers)
+
+    def pull(self, pool: SlabPool | None = None) -> Pending[Sequence[Buffer]]:
+        """Have the buffers brought here, into slabs of `pool`; the same pending each time it is called.
+
+        Its errors: `SourceLost` when the holder dies or withdraws, `UsageError` when they are more than the cell takes.
+        """
+        if self._buffers is None:
+            if self.message.manifest is None:
+                self._buffers = Pending()
+                self._buffers.set(self.message.buffers)
+            else:
+                self._buffers = self._cell.pull(self.message.manifest, self.message.target, pool)
+        return self._buffers
+
+    def value(self, timeout: float | None = None) -> Any:
+        """The decoded body, with its buffers pulled first if need be; arrays are writable and the caller's own.
+
+        Raises:
+            DecodeError: the body is not what the codec makes.
+            SourceLost: the holder of the buffers is gone.
+        """
+        return decode(self.message.body, self.pull().result(timeout))
+
+    def plain(self) -> Any:
+        """The decoded body when no buffer belongs to it (they go with a shared payload in it); pulls nothing."""
+        return decode(self.message.body, ())
+
+    def reply(self, value: Any = None) -> None:
+        """Answer a request; large arrays in `value` are offered until pulled. For an event this does nothing."""
+        self._cell.reply(self.message, value)
+
+    def fail(self, error: BaseException) -> None:
+        """Answer a request with an error; only its kind and text travel."""
+        self._cell.reply_failure(self.message, error)
+
+
+Handler = Callable[[Delivery], Any]
+
+
+class Lane:
+    """The thread of one channel: deliveries in the order in which they came, one at a time.
+
+    Args:
+        name: of the thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._queue: queue.SimpleQueue[tuple[Handler, Delivery] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def put(self, handler: Handler, delivery: Delivery) -> None:
+        """Handle `delivery` after all that came before it."""
+        self._queue.put((handler, delivery))
+
+    def __len__(self) -> int:
+        return self._queue.qsize()
+
+    def close(self) -> None:
+        """Let the thread end after what is queued; does not wait for it, for handlers may do as they like."""
+        self._queue.put(None)
+
+    def _run(self) -> None:
+        while (entry := self._queue.get()) is not None:
+            handler, delivery = entry
+            try:
+                # Pulled before it is handled, so that a big message keeps its place among small ones.
+                delivery.pull().result()
+                delivery.reply(handler(delivery))
+            except Exception as error:  # the asker gets it, whatever a handler raises
+                log.debug("%s/%s: handler failed", delivery.message.channel, delivery.message.topic, exc_info=True)
+                delivery.fail(error)
+            # Arrays in it may be large; the next message can be hours away.
+            del entry, handler, delivery
