@@ -33,7 +33,7 @@ from flarebus.errors import (
 )
 from flarebus.failure import decode_failure, encode_failure
 from flarebus.loop import Loop
-from flarebus.message import Buffer, Kind, Manifest, Message
+from flarebus.message import Buffer, Bundle, Kind, Manifest, Message
 from flarebus.pending import Pending
 from flarebus.router import Router
 from flarebus.security.keys import DialKeys
@@ -43,7 +43,7 @@ from flarebus.transfer import LEASE_S
 from flarebus.wire import (
     CHUNK,
     MAX_BODY_BYTES,
-    MAX_INLINE_BYTES,
+    bundle,
     decode_message,
     encode_message,
 )
@@ -80,8 +80,14 @@ class Payload:
     """
 
     body: bytes
-    buffers: tuple[Buffer, ...]
+    bundle: Bundle | None
     manifest: Manifest | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its buffers."""
+        carried = self.manifest or self.bundle
+        return 0 if carried is None else sum(carried.lengths)
 
 
 class Cell:
@@ -191,10 +197,7 @@ class Cell:
         Raises:
             EncodeError: `value` may not travel.
         """
-        body, buffers = encode(value)
-        if sum(buffer.nbytes for buffer in buffers) <= MAX_INLINE_BYTES:
-            return Payload(body, tuple(bytes(buffer) for buffer in buffers), None)
-        return Payload(body, (), self._carrier.offer(buffers, tuple(receivers), None))
+        return Payload(*self._encode(value, tuple(receivers), None))
 
     def admit(self, payload: Payload, receiver: str) -> None:
         """Let one more cell pull a shared payload."""
@@ -279,14 +282,13 @@ class Cell:
         payload: Payload | None,
         timeout: float | None,
     ) -> Message:
-        buffers: tuple[Buffer, ...]
         if payload is None:
-            body, buffers, manifest = self._encode(value, target, None if kind is Kind.REQUEST else LEASE_S)
+            body, carried, manifest = self._encode(value, (target,), None if kind is Kind.REQUEST else LEASE_S)
         else:
             body, extra = encode(value, externalise_from=MAX_BODY_BYTES)
             if extra:
                 raise UsageError("a message with a shared payload carries no arrays of its own")
-            buffers, manifest = payload.buffers, payload.manifest
+            carried, manifest = payload.bundle, payload.manifest
         return Message(
             target,
             str(self.address),
@@ -297,11 +299,11 @@ class Cell:
             ttl_s=timeout or 0.0,
             manifest=manifest,
             body=body,
-            buffers=buffers,
+            bundle=carried,
         )
 
     def _answer(self, message: Message, value: Any) -> Message:
-        body, buffers, manifest = self._encode(value, message.source, LEASE_S)
+        body, carried, manifest = self._encode(value, (message.source,), LEASE_S)
         return Message(
             message.source,
             message.target,
@@ -310,17 +312,18 @@ class Cell:
             answers=message.id,
             manifest=manifest,
             body=body,
-            buffers=buffers,
+            bundle=carried,
         )
 
     def _encode(
-        self, value: Any, receiver: str, lease_s: float | None
-    ) -> tuple[bytes, tuple[Buffer, ...], Manifest | None]:
+        self, value: Any, receivers: Sequence[str], lease_s: float | None
+    ) -> tuple[bytes, Bundle | None, Manifest | None]:
         body, buffers = encode(value)
-        if sum(buffer.nbytes for buffer in buffers) <= MAX_INLINE_BYTES:
-            # Copied now: the caller may change its arrays as soon as this returns.
-            return body, tuple(bytes(buffer) for buffer in buffers), None
-        return body, (), self._carrier.offer(buffers, (receiver,), lease_s)
+        if not buffers:
+            return body, None, None
+        # Copied now if they are small: the caller may change its arrays as soon as this returns.
+        carried = bundle(buffers)
+        return body, carried, self._carrier.offer(buffers, receivers, lease_s) if carried is None else None
 
     # -- on the loop's thread from here on --
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flarebus.codec import decode
 from flarebus.message import Buffer, Message
 from flarebus.pending import Pending
-from flarebus.slab import SlabPool
+from flarebus.slab import SlabPool, unbundle
 
 if TYPE_CHECKING:
     from flarebus.cell import Cell
@@ -42,8 +42,8 @@ class Delivery:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, here or still at their holder."""
-        manifest = self.message.manifest
-        return manifest.nbytes if manifest is not None else sum(len(buffer) for buffer in self.message.buffers)
+        carried = self.message.manifest or self.message.bundle
+        return 0 if carried is None else sum(carried.lengths)
 
     def pull(self, pool: SlabPool | None = None) -> Pending[Sequence[Buffer]]:
         """Have the buffers brought here, into slabs of `pool`; the same pending each time it is called.
@@ -51,11 +51,11 @@ class Delivery:
         Its errors: `SourceLost` when the holder dies or withdraws, `UsageError` when they are more than the cell takes.
         """
         if self._buffers is None:
-            if self.message.manifest is None:
-                self._buffers = Pending()
-                self._buffers.set(self.message.buffers)
-            else:
+            if self.message.manifest is not None:
                 self._buffers = self._cell.pull(self.message.manifest, self.message.target, pool)
+            else:
+                self._buffers = Pending()
+                self._buffers.set(() if self.message.bundle is None else unbundle(self.message.bundle))
         return self._buffers
 
     def value(self, timeout: float | None = None) -> Any:

@@ -6,11 +6,10 @@ make.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
-__all__ = ["Buffer", "Kind", "Manifest", "Message"]
+__all__ = ["Buffer", "Bundle", "Kind", "Manifest", "Message"]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -40,8 +39,16 @@ class Manifest(NamedTuple):
         return sum(self.lengths)
 
 
+class Bundle(NamedTuple):
+    """Buffers that are small enough to ride in their message: one frame, each begins on a multiple of 64 bytes."""
+
+    lengths: tuple[int, ...]
+    """Bytes of each buffer, in the order in which the body refers to them."""
+    data: Buffer
+
+
 class Message(NamedTuple):
-    """One unit on the bus: header fields, a msgpack body, and its buffers or a manifest of them."""
+    """One unit on the bus: header fields, a msgpack body, and a bundle of its buffers or a manifest of them."""
 
     target: str
     source: str
@@ -56,4 +63,4 @@ class Message(NamedTuple):
     """Seconds the asker still waits, counted from sending; 0 is for ever. Clocks of two machines are never compared."""
     manifest: Manifest | None = None
     body: bytes = b""
-    buffers: Sequence[Buffer] = ()
+    bundle: Bundle | None = None

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["SlabPool"]
+from flarebus.message import Bundle
+from flarebus.wire import ALIGNMENT
 
-# Cache lines and SIMD registers; any dtype is aligned then.
-ALIGNMENT = 64
+__all__ = ["SlabPool", "unbundle"]
+
 # Below this the allocator of the process is as good.
 SMALL_BYTES = 64 * 1024
 _HUGE = 2 * 1024 * 1024
@@ -119,3 +120,17 @@ class SlabPool:
         with self._lock:
             while self._unused:
                 self._mapped -= len(self._unused.pop())
+
+
+def unbundle(bundle: Bundle) -> list[memoryview]:
+    """The buffers of a bundle, copied once: writable, aligned, the caller's own."""
+    raw = np.empty(len(bundle.data) + ALIGNMENT, np.uint8)
+    begin = -raw.ctypes.data % ALIGNMENT
+    raw = raw[begin : begin + len(bundle.data)]
+    raw[:] = np.frombuffer(bundle.data, np.uint8)
+    view = raw.data
+    found, begin = [], 0
+    for length in bundle.lengths:
+        found.append(view[begin : begin + length])
+        begin += length + -length % ALIGNMENT
+    return found

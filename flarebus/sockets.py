@@ -38,6 +38,9 @@ __all__ = [
 COPY_BELOW_BYTES = 64 * 1024
 # Whole messages in a socket's queue on each side; bulk data is bounded by the receivers' windows long before.
 HIGH_WATER_MARK = 4096
+# As plain numbers: joining flags is an enum's business otherwise, for every frame.
+_LAST = int(zmq.NOBLOCK)
+_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
 def _profile(socket: zmq.Socket[bytes]) -> None:
@@ -155,11 +158,7 @@ def send_frames(socket: zmq.Socket[bytes], frames: Sequence[Buffer | zmq.Frame])
     """
     last = len(frames) - 1
     for index, frame in enumerate(frames):
-        flags = zmq.NOBLOCK if index == last else zmq.NOBLOCK | zmq.SNDMORE
-        if len(frame) < COPY_BELOW_BYTES:
-            socket.send(frame, flags)
-        else:
-            socket.send(frame, flags, copy=False)
+        socket.send(frame, _LAST if index == last else _MORE, copy=len(frame) < COPY_BELOW_BYTES)
 
 
 class Head(NamedTuple):

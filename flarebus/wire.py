@@ -1,13 +1,15 @@
 """The wire: a message as frames, and frames as a message. Pure; nothing is allocated from a number that came in.
 
-    [target][source][header][body][buffer]*          an application message
+    [target][source][header][body][bundle]?          an application message
     [target][source][PULL  ][request]                please send these bytes of a transfer
     [target][source][CHUNK ][place][bytes]*          here they are
     [target][source][DONE  ][transfer]               I have all I want; you may forget me
     [      ][      ][link verb][names]               between neighbours only: see `link`
 
 The three transfer headers are constants, so that the busiest frames are recognised by one comparison and never parsed.
-Header, positionally: version, kind, id, answers, channel, topic, ttl_s, [transfer, holder, lengths] or nil.
+Header, positionally: version, kind, id, answers, channel, topic, ttl_s, [transfer, holder, lengths] or nil, lengths
+of the buffers in the bundle or nil. A bundle is those buffers end to end, each padded with zeros to a multiple of 64
+bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 import msgpack
 
 from flarebus.errors import DecodeError, UsageError
-from flarebus.message import Buffer, Kind, Manifest, Message
+from flarebus.message import Buffer, Bundle, Kind, Manifest, Message
 
 __all__ = [
     "CHUNK",
@@ -34,6 +36,7 @@ __all__ = [
     "REQUEST",
     "TRANSFER_ID_BYTES",
     "VERSION",
+    "bundle",
     "decode_message",
     "encode_message",
 ]
@@ -42,12 +45,14 @@ VERSION = 1
 
 MAX_HEADER_BYTES = 64 * 1024
 MAX_BODY_BYTES = 1024 * 1024
-# Small buffers together ride in the message: a round trip for a transfer costs more than copying this much.
+# Buffers that are small together ride in the message: a round trip for a transfer costs more than copying this much.
 MAX_INLINE_BYTES = 256 * 1024
 # The largest frame anybody may send: a chunk with room to spare. Sockets refuse more before allocating it.
 MAX_FRAME_BYTES = 8 * 1024 * 1024
 # Buffers of one message; more would let a header of 64 KiB cost megabytes of Python objects.
 MAX_BUFFERS = 100_000
+# A cache line: arrays may lie in the bundle as they lie in memory, whatever their dtype.
+ALIGNMENT = 64
 MAX_ADDRESS_BYTES = 255
 # Channel and topic are words of a protocol, never data.
 MAX_WORD = 64
@@ -65,22 +70,32 @@ PLACE = struct.Struct("!16sQ")
 NOT_OFFERED = (1 << 64) - 1
 """First byte of a CHUNK that says: I do not hold that, or not for you."""
 
+_PADDING = [bytes(-n % ALIGNMENT) for n in range(ALIGNMENT)]
 _KINDS = {int(kind): kind for kind in Kind}
 
 
+def bundle(buffers: Sequence[memoryview]) -> Bundle | None:
+    """`buffers` (byte views) copied into one frame; None if they are too many bytes to ride in a message."""
+    lengths = tuple(buffer.nbytes for buffer in buffers)
+    if sum(lengths) > MAX_INLINE_BYTES or len(lengths) * ALIGNMENT > MAX_INLINE_BYTES:
+        return None
+    parts: list[Buffer] = []
+    for buffer, length in zip(buffers, lengths, strict=True):
+        parts.append(buffer)
+        if length % ALIGNMENT:
+            parts.append(_PADDING[length % ALIGNMENT])
+    return Bundle(lengths, b"".join(parts))
+
+
 def encode_message(message: Message) -> list[Buffer]:
-    """The frames of `message`, its buffers by reference.
+    """The frames of `message`, its bundle by reference.
 
     Raises:
-        UsageError: header, body, a name or the number of buffers is larger than the protocol allows.
+        UsageError: header, body or a name is larger than the protocol allows.
     """
     if max(len(message.channel), len(message.topic)) > MAX_WORD:
         names = f"{message.channel:.80}/{message.topic:.80}"
         raise UsageError(f"{names}: channel and topic have at most {MAX_WORD} letters each")
-    if len(message.buffers) > MAX_BUFFERS:
-        raise UsageError(
-            f"{len(message.buffers)} separate tensors for {message.channel}/{message.topic}: at most {MAX_BUFFERS}"
-        )
     manifest = message.manifest
     header = msgpack.packb(
         (
@@ -92,6 +107,7 @@ def encode_message(message: Message) -> list[Buffer]:
             message.topic,
             message.ttl_s,
             None if manifest is None else (manifest.transfer, manifest.holder, manifest.lengths),
+            None if message.bundle is None else message.bundle.lengths,
         )
     )
     if len(header) > MAX_HEADER_BYTES:
@@ -104,17 +120,20 @@ def encode_message(message: Message) -> list[Buffer]:
             f"body of {len(message.body)} bytes for {message.channel}/{message.topic}: at most {MAX_BODY_BYTES}; "
             "put bulk data into arrays"
         )
-    return [message.target.encode(), message.source.encode(), header, message.body, *message.buffers]
+    frames: list[Buffer] = [message.target.encode(), message.source.encode(), header, message.body]
+    if message.bundle is not None:
+        frames.append(message.bundle.data)
+    return frames
 
 
 def decode_message(frames: Sequence[Buffer]) -> Message:
-    """The message in `frames`; the buffers are the frames themselves.
+    """The message in `frames`; its bundle is the last frame itself.
 
     Raises:
         DecodeError: anything is not as `encode_message` makes it.
     """
-    if not 4 <= len(frames) <= 4 + MAX_BUFFERS:
-        raise DecodeError(f"message of {len(frames)} frames: 4 to {4 + MAX_BUFFERS} belong to it")
+    if not 4 <= len(frames) <= 5:
+        raise DecodeError(f"message of {len(frames)} frames: 4 or 5 belong to it")
     target, source, header, body = (bytes(frame) for frame in frames[:4])
     if (
         max(len(target), len(source)) > MAX_ADDRESS_BYTES
@@ -122,24 +141,21 @@ def decode_message(frames: Sequence[Buffer]) -> Message:
         or len(body) > MAX_BODY_BYTES
     ):
         raise DecodeError("address, header or body is over its limit")
-    buffers = frames[4:]
-    if sum(len(buffer) for buffer in buffers) > MAX_INLINE_BYTES:
-        raise DecodeError(f"buffers in the message are over {MAX_INLINE_BYTES} bytes together")
     try:
         fields = msgpack.unpackb(header, use_list=False, max_array_len=MAX_BUFFERS)
-        return _message(target.decode("ascii"), source.decode("ascii"), fields, body, buffers)
+        return _message(target.decode("ascii"), source.decode("ascii"), fields, body, frames[4] if frames[4:] else None)
     except DecodeError:
         raise
     except Exception as error:  # msgpack and struct raise a dozen kinds for what is one thing: not a header
         raise DecodeError(f"header cannot be read: {type(error).__name__}") from error
 
 
-def _message(target: str, source: str, fields: Any, body: bytes, buffers: Sequence[Buffer]) -> Message:
+def _message(target: str, source: str, fields: Any, body: bytes, data: Buffer | None) -> Message:
     if type(fields) is not tuple or not fields:
         raise DecodeError("header is not a list")
     if fields[0] != VERSION:
         raise DecodeError(f"protocol version {fields[0]!r:.20}: this end speaks {VERSION}")
-    _, kind, number, answers, channel, topic, ttl_s, manifest = fields
+    _, kind, number, answers, channel, topic, ttl_s, manifest, lengths = fields
     if not (
         type(number) is int
         and type(answers) is int
@@ -156,9 +172,20 @@ def _message(target: str, source: str, fields: Any, body: bytes, buffers: Sequen
         raise DecodeError("message of an unknown kind")
     if manifest is not None:
         manifest = _manifest(manifest)
-        if buffers:
+        if data is not None:
             raise DecodeError("a message carries its buffers or a manifest of them, not both")
-    return Message(target, source, kind, number, answers, channel, topic, ttl_s, manifest, body, buffers)
+    carried = _bundle(lengths, data)
+    return Message(target, source, kind, number, answers, channel, topic, ttl_s, manifest, body, carried)
+
+
+def _bundle(lengths: Any, data: Buffer | None) -> Bundle | None:
+    if lengths is None and data is None:
+        return None
+    if type(lengths) is not tuple or not all(type(n) is int and n >= 0 for n in lengths) or data is None:
+        raise DecodeError("bundle: lengths and frame do not come together")
+    if sum(n + -n % ALIGNMENT for n in lengths) != len(data) or len(data) > 2 * MAX_INLINE_BYTES:
+        raise DecodeError("bundle: its frame has not the length it says")
+    return Bundle(lengths, data)
 
 
 def _manifest(fields: Any) -> Manifest:

@@ -89,13 +89,17 @@ class FedAvg(Controller):
         """Average for `num_rounds` rounds, or until the stop condition is met."""
         model = job.initial_params()
         for number in job.rounds(self.num_rounds):
-            mean = self._train(job, number, model)
-            model = mean.apply_to(model, out=job.pages(model))
-            job.commit(number, model, mean.metrics, best=self.selector.is_best(mean.metrics))
+            model, metrics = self._round(job, number, model)
             if self.memory_gc_rounds and (number + 1) % self.memory_gc_rounds == 0:
                 release_memory()
-            if self.stop_rule.is_met(mean.metrics):
+            if self.stop_rule.is_met(metrics):
                 return
+
+    def _round(self, job: Job, number: int, model: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, float]]:
+        mean = self._train(job, number, model)
+        model = mean.apply_to(model, out=job.pages(model))
+        job.commit(number, model, mean.metrics, best=self.selector.is_best(mean.metrics))
+        return model, mean.metrics
 
     def _train(self, job: Job, number: int, model: dict[str, Any]) -> WeightedMean | CustomMean:
         mean = self._new_mean(model)

@@ -29,13 +29,11 @@ def _encode_model(value: FLModel, sink: Encoder, depth: int) -> list[Any]:
     node: list[Any] = [FLMODEL, None if kind is None else ParamsType(kind).value]
     name = ""
     try:
-        for name in _DICTS:
+        for name in _DICTS + _ROUNDS:
             item = getattr(value, name)
-            if item is not None and not isinstance(item, dict):
+            if name in _DICTS and item is not None and not isinstance(item, dict):
                 raise Refused(f"an object of type {type(item).__qualname__}", "this field of an FLModel is a dict")
             node.append(sink.plain(item, depth + 1))
-        for name in _ROUNDS:
-            node.append(sink.plain(getattr(value, name), depth + 1))
     except Exception:
         sink.trail.append(f".{name}")
         raise
@@ -50,10 +48,10 @@ def _decode_model(node: list[Any], source: Decoder, depth: int) -> FLModel:
     fields: dict[str, Any] = {}
     name = ""
     try:
-        for name, item in zip(_DICTS, node[2:6], strict=True):
+        for name, item in zip(_DICTS + _ROUNDS, node[2:], strict=True):
             fields[name] = source.value(item, depth + 1)
     except Exception:
         source.trail.append(f".{name}")
         raise
     # The constructor checks types and rounds.
-    return FLModel(node[1], **fields, **dict(zip(_ROUNDS, node[6:], strict=True)))
+    return FLModel(node[1], **fields)

@@ -15,7 +15,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from flarebus.job.tensor_file import Layout, MappedFile, fill, sync_folder
+from flarebus.errors import ConfigError
+from flarebus.job.tensor_file import Layout, MappedFile, sync_folder
 from flarebus.workflow.params import as_array, flatten, restore
 
 __all__ = ["BEST_NAME", "GLOBAL_NAME", "CheckpointStore", "export_pt"]
@@ -56,17 +57,19 @@ class CheckpointStore:
         """What was written becomes the current model: `params`, whose arrays are those of `next_arrays` or are copied
         there. Durable after `sync`."""
         file, self._next = self._next, None
-        if file is None or file.layout != Layout(params):
-            file = self._free_file(Layout(params))
-        fill(file.arrays, params)
+        layout = Layout(params)
+        if file is None or file.layout != layout:
+            file = self._free_file(layout)
+        layout.fill(file.arrays, params)
         self._current = file
         return file.path
 
     def keep_best(self, params: Mapping[Any, Any]) -> None:
         """The current model, `params`, is the best so far. Only a model that is in no file yet is written."""
         if self._current is None:
-            file = self._free_file(Layout(params))
-            fill(file.arrays, params)
+            layout = Layout(params)
+            file = self._free_file(layout)
+            layout.fill(file.arrays, params)
             self._best = file
         else:
             self._best = self._current
@@ -108,10 +111,17 @@ class CheckpointStore:
                 file.close()
                 file.path.unlink()
                 break
-        self._made += 1
-        file = MappedFile(self._folder / f"model-{self._made}.safetensors", layout)
+        file = MappedFile(self._fresh_path(), layout)
         self._files.append(file)
         return file
+
+    def _fresh_path(self) -> Path:
+        """A name that no file has: one from an earlier life may be the last good model."""
+        while True:
+            self._made += 1
+            path = self._folder / f"model-{self._made}.safetensors"
+            if not path.exists():
+                return path
 
     def _link(self, target: str, name: str) -> None:
         link = self._folder / name
@@ -125,29 +135,39 @@ class CheckpointStore:
 
 
 def export_pt(params: Mapping[Any, Any], path: Path) -> None:
-    """Write a flat model as a PyTorch state dict (`torch.load(path, weights_only=True)` reads it), whole or not at all.
+    """Write a model as a PyTorch state dict (`torch.load(path, weights_only=True)` reads it), whole or not at all.
+
+    Arrays become tensors; nested names are joined with dots; other values stay what they are.
 
     Raises:
+        ConfigError: an array has a dtype that PyTorch lacks.
         OSError: it could not be written.
     """
     import torch
 
-    state = {name: _tensor(torch, leaf) for name, leaf in flatten(params).items()}
+    state = {name: _tensor(torch, name, leaf) for name, leaf in flatten(params).items()}
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        torch.save(state, temporary)
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
-def _tensor(torch: Any, leaf: Any) -> Any:
+def _tensor(torch: Any, name: str, leaf: Any) -> Any:
     array = as_array(leaf)
     if array is None:
         return leaf
-    # Copy-on-write pages and byte orders that PyTorch lacks become memory of its own.
-    return restore(array if array.flags.writeable else array.copy(), torch.empty(0, dtype=_torch_dtype(torch, array)))
-
-
-def _torch_dtype(torch: Any, array: NDArray[Any]) -> Any:
-    return getattr(torch, array.dtype.name)
+    dtype = getattr(torch, array.dtype.name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(
+            f"params[{name!r}]", array.dtype.name, "PyTorch has no such dtype; it cannot be in a .pt file"
+        )
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    # PyTorch wants memory that it may write; copy-on-write pages are that.
+    return restore(array if array.flags.writeable else array.copy(), torch.empty(0, dtype=dtype))

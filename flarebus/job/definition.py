@@ -20,6 +20,7 @@ from flarebus.job.initial import load_initial, params_of
 from flarebus.job.kinds import DataKind, FrameworkType
 from flarebus.job.plugins import load_workflow
 from flarebus.job.site_config import SiteConfig
+from flarebus.workflow.params import as_array, flatten, rebuild
 
 __all__ = ["JobDefinition"]
 
@@ -64,6 +65,11 @@ class JobDefinition:
         """The framework of the job; decides which model files the server writes."""
         return self.site_defaults.framework
 
+    @property
+    def best_stem(self) -> str:
+        """The name of the best model's files without suffix: the same for safetensors and for the framework's own."""
+        return "best_FL_global_model" if self.best_model_filename is None else Path(self.best_model_filename).stem
+
     def site_config(self, site: str) -> SiteConfig:
         """What `site` runs."""
         return self.sites.get(site, self.site_defaults)
@@ -93,12 +99,12 @@ class JobDefinition:
             )
             raise ConfigError("per_site_config", sorted(self.sites), allowed)
 
-    def initial_params(self) -> dict[str, Any]:
+    def initial_params(self) -> dict[Any, Any]:
         """Build, load or convert the initial model; reads files and may import the job's own code.
 
         Returns:
-            name -> array, owned by the caller unless `model` is a module or arrays held by the recipe: then they may
-            share memory with it. Empty when the job starts without a model.
+            name -> array or other value, owned by the caller unless `model` is a module or arrays held by the recipe:
+            then they may share memory with it. Empty when the job starts without a model.
 
         Raises:
             ConfigError: a class or file is not there or not usable, or checkpoint and model do not fit.
@@ -110,8 +116,8 @@ class JobDefinition:
         if self.initial_ckpt is None:
             return params
         loaded = load_initial(self.initial_ckpt)
-        _check_fit(loaded, params, self.initial_ckpt)
-        return {name: loaded[name] for name in params}
+        _check_fit(flatten(loaded), flatten(params), self.initial_ckpt)
+        return rebuild(params, flatten(loaded))
 
     def make_workflow(self) -> Any:
         """Load the workflow and build it with its settings; a custom aggregator given by its path is built first."""
@@ -253,12 +259,15 @@ def _check_fit(loaded: Mapping[str, Any], params: Mapping[str, Any], ckpt: Path)
             raise ConfigError("initial_ckpt", str(ckpt), f"{name!r} has shape {shapes}")
 
 
-def _same_params(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def _same_params(one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
     """Bit for bit, so that NaN equals NaN; the order of names does not count."""
-    if one.keys() != other.keys():
-        return False
-    for name, value in one.items():
-        mine, theirs = np.asarray(value), np.asarray(other[name])
-        if mine.dtype != theirs.dtype or mine.shape != theirs.shape or mine.tobytes() != theirs.tobytes():
-            return False
-    return True
+    mine, theirs = flatten(one), flatten(other)
+    return mine.keys() == theirs.keys() and all(_same_leaf(leaf, theirs[name]) for name, leaf in mine.items())
+
+
+def _same_leaf(one: Any, other: Any) -> bool:
+    mine, theirs = as_array(one), as_array(other)
+    if mine is None or theirs is None:
+        # A text of its type and digits: NaN equals NaN here too, and 1 is not 1.0.
+        return mine is theirs and repr(one) == repr(other)
+    return mine.dtype == theirs.dtype and mine.shape == theirs.shape and mine.tobytes() == theirs.tobytes()

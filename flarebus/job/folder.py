@@ -16,11 +16,12 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from flarebus.errors import ConfigError
+from flarebus.errors import ConfigError, DecodeError
 from flarebus.job.checks import check_mapping
 from flarebus.job.definition import JobDefinition
-from flarebus.job.initial import load_initial, params_of
-from flarebus.job.tensor_file import save_params
+from flarebus.job.initial import params_of
+from flarebus.job.site_config import SiteConfig
+from flarebus.job.tensor_file import load_params, save_params
 
 __all__ = ["SCHEMA_VERSION", "is_job_folder", "read_job", "write_job"]
 
@@ -116,7 +117,7 @@ def _read(job_dir: Path) -> JobDefinition:
     if version != SCHEMA_VERSION:
         raise ConfigError("schema_version", version, f"this version of flarebus reads {SCHEMA_VERSION}")
     code_dir = job_dir / _CODE
-    model = load_initial(job_dir / _MODEL) if data.get("model") == "params" else None
+    model = _load_model(job_dir / _MODEL) if data.get("model") == "params" else None
     job = JobDefinition.from_json(data, code_dir, model)
     ckpt = job.initial_ckpt
     if ckpt is not None and job.ckpt_is_bundled:
@@ -145,7 +146,16 @@ def _load_json(job_dir: Path) -> dict[str, Any]:
         raise ConfigError("job", path.name, f"not JSON: {error}") from error
 
 
-def _placed(config: Any, code_dir: Path, parameter: str) -> Any:
+def _load_model(path: Path) -> dict[Any, Any]:
+    try:
+        return load_params(path)
+    except OSError as error:
+        raise ConfigError("model", path.name, f"cannot be read: {error.strerror or error}") from error
+    except DecodeError as error:
+        raise ConfigError("model", path.name, str(error).removeprefix(f"{path}: ")) from error
+
+
+def _placed(config: SiteConfig, code_dir: Path, parameter: str) -> SiteConfig:
     script = _inside(code_dir, config.train_script, f"{parameter}['train_script']")
     return replace(config, train_script=str(script))
 

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flarebus.errors import ConfigError, DecodeError
 from flarebus.job.tensor_file import load_params
-from flarebus.workflow.params import as_array
+from flarebus.workflow.params import as_array, flatten, rebuild
 
 __all__ = ["NUMPY_KEY", "load_initial", "params_of"]
 
@@ -40,7 +41,13 @@ def load_initial(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is not there, is damaged, or holds something else; names parameter and path.
     """
-    readers = {".npy": _npy, ".npz": _npz, ".pt": _pt, ".pth": _pt, ".safetensors": load_params}
+    readers = {
+        ".npy": _translated(_npy),
+        ".npz": _translated(_npz),
+        ".pt": _pt,
+        ".pth": _pt,
+        ".safetensors": load_params,
+    }
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise ConfigError("initial_ckpt", str(path), f"the path of a {_SUFFIXES} file")
@@ -58,35 +65,33 @@ def load_initial(path: Path) -> dict[str, Any]:
 
 
 def _npy(path: Path) -> dict[str, Any]:
-    return {NUMPY_KEY: _numpy_load(path)}
+    with open(path, "rb") as file:
+        return {NUMPY_KEY: np.lib.format.read_array(file, allow_pickle=False)}
 
 
 def _npz(path: Path) -> dict[str, Any]:
-    with _numpy_load(path) as archive:
-        return {name: archive[name] for name in _members(path, archive)}
+    found = {}
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            with archive.open(name) as file:
+                found[name.removesuffix(".npy")] = np.lib.format.read_array(file, allow_pickle=False)
+    return found
 
 
-def _members(path: Path, archive: Any) -> Sequence[str]:
-    names: Sequence[str] = archive.files
-    for name in names:
+def _translated(read: Callable[[Path], dict[str, Any]]) -> Callable[[Path], dict[str, Any]]:
+    def reader(path: Path) -> dict[str, Any]:
         try:
-            archive[name]
-        except (ValueError, zipfile.BadZipFile, EOFError) as error:
-            raise ConfigError("initial_ckpt", str(path), _damaged(error)) from error
-    return names
+            return read(path)
+        except OSError:
+            raise
+        except Exception as error:  # damage shows as whatever the parser trips over
+            if "allow_pickle" in str(error):
+                wrong = "holds pickled objects, which may be programs; save plain arrays"
+            else:
+                wrong = "is damaged, or not what its name says"
+            raise ConfigError("initial_ckpt", str(path), wrong) from error
 
-
-def _numpy_load(path: Path) -> Any:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise ConfigError("initial_ckpt", str(path), _damaged(error)) from error
-
-
-def _damaged(error: Exception) -> str:
-    if "allow_pickle" in str(error) or "Object arrays" in str(error):
-        return "holds pickled objects, which may be programs; save plain arrays"
-    return "is damaged, or not what its name says"
+    return reader
 
 
 def _pt(path: Path) -> dict[str, Any]:
@@ -129,18 +134,28 @@ def params_of(model: Any) -> dict[str, Any]:
         return _arrays_of(model.state_dict())
     if isinstance(model, Mapping):
         return _arrays_of(model)
-    if isinstance(model, np.ndarray):
-        return {NUMPY_KEY: model}
+    array = as_array(model)
+    if array is not None:
+        return {NUMPY_KEY: array}
     if isinstance(model, (list, tuple)) and model:
-        if all(isinstance(item, np.ndarray) for item in model):
-            return {str(index): array for index, array in enumerate(model)}
+        arrays = [array for array in map(as_array, model) if array is not None]
+        if len(arrays) == len(model) and not all(isinstance(item, np.generic) for item in model):
+            return {str(index): array for index, array in enumerate(arrays)}
         try:
-            return {NUMPY_KEY: np.array(model, np.float32)}
+            return {NUMPY_KEY: _numbers(model)}
         except (ValueError, TypeError) as error:
             raise ConfigError("model", model, "a list must hold arrays, or numbers in a regular shape") from error
     raise ConfigError("model", model, "a torch.nn.Module, a dict or list of arrays, or a description of a class")
 
 
-def _arrays_of(state: Mapping[Any, Any]) -> dict[str, Any]:
-    """The same names, with tensors as arrays on their memory."""
-    return {name: leaf if (array := as_array(leaf)) is None else array for name, leaf in state.items()}
+def _numbers(model: Any) -> NDArray[Any]:
+    found = np.array(model)
+    if found.dtype.kind not in "biuf":  # NumPy would make a number of None and of "3"
+        raise TypeError
+    return found.astype(np.float32)
+
+
+def _arrays_of(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The same names, with tensors as arrays on their memory, at any depth."""
+    arrays = {name: array for name, leaf in flatten(state).items() if (array := as_array(leaf)) is not None}
+    return rebuild(state, arrays)

@@ -6,7 +6,10 @@ crash may rely on the file it names.
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +22,7 @@ from flarebus.errors import DecodeError, UsageError
 
 __all__ = ["CommittedRound", "Journal", "append_metrics"]
 
+_VERSION = 1
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS job (
     id TEXT PRIMARY KEY, name TEXT NOT NULL, state TEXT NOT NULL, reason TEXT
@@ -56,17 +60,28 @@ class Journal:
         path: of the database; made if it is not there.
 
     Raises:
-        DecodeError: the file is no journal.
+        DecodeError: the file is no journal, or one of another version.
+        OSError: it cannot be opened or written; so do all methods.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         with self._translated():
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.executescript(_SCHEMA)
+            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            try:
+                self._set_up()
+            except BaseException:
+                self._db.close()
+                raise
+
+    def _set_up(self) -> None:
+        found = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if found not in (0, _VERSION):
+            raise DecodeError(f"{self._path}: a journal of version {found}; this flarebus reads version {_VERSION}")
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.executescript(f"{_SCHEMA} PRAGMA user_version={_VERSION};")
 
     def begin(self, job_id: str, name: str) -> None:
         """The job runs, for the first time or again."""
@@ -96,26 +111,30 @@ class Journal:
         Raises:
             UsageError: it is not the round after the last one.
         """
-        last = self.last_round()
-        if number != (0 if last is None else last + 1):
-            raise UsageError(f"round {number} cannot be committed after {'none' if last is None else last}")
+        row = (number, model, _json(metrics), _json(list(accepted)), committed_at)
         with self._translated():
-            self._db.execute(
-                "INSERT INTO rounds VALUES (?, ?, ?, ?, ?)",
-                (number, model, json.dumps(dict(metrics)), json.dumps(list(accepted)), committed_at),
-            )
+            last = self._last_round()
+            if number != (0 if last is None else last + 1):
+                raise UsageError(f"round {number} cannot be committed after {'none' if last is None else last}")
+            self._db.execute("INSERT INTO rounds VALUES (?, ?, ?, ?, ?)", row)
 
     def last_round(self) -> int | None:
         """The last committed round, or None."""
         with self._translated():
-            number = self._db.execute("SELECT max(number) FROM rounds").fetchone()[0]
+            return self._last_round()
+
+    def _last_round(self) -> int | None:
+        number = self._db.execute("SELECT max(number) FROM rounds").fetchone()[0]
         return None if number is None else int(number)
 
     def rows(self) -> list[CommittedRound]:
         """All committed rounds, in order."""
         with self._translated():
             found = self._db.execute("SELECT * FROM rounds ORDER BY number").fetchall()
-        return [CommittedRound(row[0], row[1], json.loads(row[2]), json.loads(row[3]), row[4]) for row in found]
+        try:
+            return [CommittedRound(row[0], row[1], json.loads(row[2]), json.loads(row[3]), row[4]) for row in found]
+        except ValueError as error:
+            raise DecodeError(f"{self._path}: a row holds no JSON: {error}") from error
 
     def close(self) -> None:
         """Close the database."""
@@ -128,7 +147,8 @@ class Journal:
             with self._lock:
                 yield
         except sqlite3.OperationalError as error:
-            raise OSError(None, str(error), str(self._path)) from error
+            number = errno.ENOSPC if error.sqlite_errorcode == sqlite3.SQLITE_FULL else errno.EIO
+            raise OSError(number, f"{os.strerror(number)} ({error})", str(self._path)) from error
         except sqlite3.DatabaseError as error:
             raise DecodeError(f"{self._path}: not a journal: {error}") from error
 
@@ -137,8 +157,26 @@ def append_metrics(path: Path, record: Mapping[str, Any]) -> None:
     """Add one line of JSON; a reader sees all of it or nothing.
 
     Args:
-        record: finite numbers, text, lists and dicts only.
+        record: anything: NaN and infinities become null, arrays with one number that number, all else that JSON has no
+            word for its text.
     """
-    line = json.dumps(record, allow_nan=False) + "\n"
+    line = _json(record) + "\n"
     with open(path, "ab", buffering=0) as file:
         file.write(line.encode())
+
+
+def _json(value: Any) -> str:
+    return json.dumps(_plain(value), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """The same as JSON can hold it: what a site sends as metrics must never end a job."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if getattr(value, "size", 0) == 1 and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)

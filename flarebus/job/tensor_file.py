@@ -6,7 +6,7 @@ model is computed straight into its pages, round after round. The format is so s
     8 bytes little-endian n | n bytes of JSON: {name: {dtype, shape, data_offsets}, "__metadata__": {...}} | data
 
 What it has no word for (nested dicts, numbers, text, complex or big-endian arrays) is kept in its metadata, so that any
-`FLModel.params` comes back as it was; other readers see the arrays, under dotted names.
+`FLModel.params` comes back as it was; other readers see the arrays, under dotted names, and long texts as bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import json
 import math
 import mmap
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flarebus.codec import decode, encode
-from flarebus.errors import DecodeError, FlarebusError
-from flarebus.wire import MAX_BODY_BYTES
+from flarebus.errors import DecodeError, EncodeError, FlarebusError
 from flarebus.workflow.params import as_array, flatten, is_flat, rebuild
 
-__all__ = ["Layout", "MappedFile", "load_params", "save_params"]
+__all__ = ["Layout", "MappedFile", "load_params", "save_params", "sync_folder"]
 
 _DTYPES = {
     "bool": "BOOL",
@@ -49,10 +47,17 @@ _DTYPES = {
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
 }
-_BY_WORD = {word: name for name, word in _DTYPES.items()}
+# C64 is young: we read it, and write complex numbers in a way that older readers know.
+_BY_WORD = {word: name for name, word in _DTYPES.items()} | {"C64": "complex64"}
 # Data begins on a cache line, and every tensor on a multiple of its item size because larger items come first.
 ALIGNMENT = 64
 MAX_HEADER_BYTES = 100_000_000
+_MAX_DIMENSIONS = 64  # of NumPy
+# Text and bytes from here on are data, not header.
+_LONG_BYTES = 4096
+_BLOB = "flarebus.blob."
+_ZEROS = bytes(1 << 20)
+_METADATA = "__metadata__"
 _STRUCTURE = "flarebus.structure"
 _NUMPY_DTYPES = "flarebus.numpy_dtypes"
 
@@ -71,32 +76,48 @@ class Layout:
 
     Args:
         params: the model; only shapes, dtypes and values that are no arrays are read.
+
+    Raises:
+        EncodeError: a value cannot be saved; says which.
     """
 
     def __init__(self, params: Mapping[Any, Any]) -> None:
         arrays = {name: array for name, leaf in flatten(params).items() if (array := as_array(leaf)) is not None}
-        self.tensors: dict[str, _Tensor] = {}
+        structure, self._blobs = _structure(params, arrays)
+        arrays |= self._blobs
+        if _METADATA in arrays:
+            raise EncodeError(f"params[{_METADATA!r}]", "a name that the file format keeps for itself", "rename it")
+        tensors: dict[str, _Tensor] = {}
         odd = {}
         end = 0
-        for name, array in sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize):
+        for name, array in sorted(arrays.items(), key=lambda item: -item[1].dtype.alignment):
+            if array.dtype.hasobject:
+                raise EncodeError(f"params[{name!r}]", "an array of Python objects", "save plain numbers")
             word = _word(array.dtype)
             if word is None:
                 # As bytes for others; its real dtype is noted for us.
-                odd[name] = array.dtype.str
+                odd[name] = array.dtype.name if _is_ml(array.dtype) else array.dtype.str
             begin, end = end, end + array.nbytes
             shape = array.shape if word else (*array.shape, array.dtype.itemsize)
-            self.tensors[name] = _Tensor(word or "U8", array.dtype, shape, begin, end)
-        self.header = self._header(params, arrays, odd)
+            tensors[name] = _Tensor(word or "U8", array.dtype, shape, begin, end)
+        self.tensors = {name: tensors[name] for name in arrays}  # a reader finds them in the order of the model
+        self.header = self._header(structure, odd)
         self.nbytes = len(self.header) + end
 
-    def _header(self, params: Mapping[Any, Any], arrays: Mapping[str, Any], odd: Mapping[str, str]) -> bytes:
+    def fill(self, arrays: Mapping[str, NDArray[Any]], params: Mapping[Any, Any]) -> None:
+        """Copy the model that this layout was made for to its places in a file of an equal layout."""
+        for name, leaf in (flatten(params) | self._blobs).items():
+            array = as_array(leaf)
+            if array is not None and array is not arrays[name]:
+                np.copyto(arrays[name], array)
+
+    def _header(self, structure: str | None, odd: Mapping[str, str]) -> bytes:
         metadata = {"format": "pt"}
         if odd:
             metadata[_NUMPY_DTYPES] = json.dumps(odd)
-        if not is_flat(params) or len(arrays) < len(params):
-            skeleton = encode(rebuild(params, dict.fromkeys(arrays)), externalise_from=MAX_BODY_BYTES).body
-            metadata[_STRUCTURE] = base64.b64encode(skeleton).decode()
-        fields: dict[str, Any] = {"__metadata__": metadata}
+        if structure is not None:
+            metadata[_STRUCTURE] = structure
+        fields: dict[str, Any] = {_METADATA: metadata}
         for name, tensor in self.tensors.items():
             fields[name] = {
                 "dtype": tensor.word,
@@ -118,23 +139,24 @@ class MappedFile:
     """A tensor file whose arrays are its pages: what is written to them is written to the file.
 
     Args:
-        path: made, or laid out anew if it is there.
+        path: made; must not be there.
         layout: of the model.
 
     Raises:
-        OSError: the disk is full; said now, because later it could only be said by killing the process.
+        OSError: the disk is full; said now, because later only a signal could say it. No file is left.
     """
 
     def __init__(self, path: Path, layout: Layout) -> None:
         self.path = path
         self.layout = layout
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             _reserve(handle, layout.nbytes)
             os.pwrite(handle, layout.header, 0)
             self._map = mmap.mmap(handle, layout.nbytes)
         except BaseException:
             os.close(handle)
+            path.unlink()
             raise
         self._handle = handle
         self.arrays: dict[str, NDArray[Any]] = {}
@@ -163,13 +185,16 @@ def save_params(params: Mapping[Any, Any], path: Path) -> None:
     """Write a model to `path`, whole or not at all; durable when this returns.
 
     Raises:
+        EncodeError: a value cannot be saved; says which.
         OSError: it could not be written; what was there before still is.
     """
+    layout = Layout(params)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        file = MappedFile(temporary, Layout(params))
+        file = MappedFile(temporary, layout)
         try:
-            fill(file.arrays, params)
+            layout.fill(file.arrays, params)
             file.sync()
             file.rename(path)
         finally:
@@ -177,14 +202,6 @@ def save_params(params: Mapping[Any, Any], path: Path) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
-
-
-def fill(arrays: Mapping[str, NDArray[Any]], params: Mapping[Any, Any]) -> None:
-    """Copy the arrays of a model to their places."""
-    for name, leaf in flatten(params).items():
-        array = as_array(leaf)
-        if array is not None and array is not arrays[name]:
-            np.copyto(arrays[name], array)
 
 
 def load_params(path: Path) -> dict[Any, Any]:
@@ -198,14 +215,39 @@ def load_params(path: Path) -> dict[Any, Any]:
         size = os.fstat(file.fileno()).st_size
         tensors, metadata, start = _read_header(path, file, size)
         pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-    arrays: dict[Any, Any] = {name: _view(pages, start + tensor.begin, tensor) for name, tensor in tensors.items()}
+    arrays: dict[Any, Any] = {}
+    for name, tensor in tensors.items():
+        view = _view(pages, start + tensor.begin, tensor)
+        arrays[name] = view if view.flags.aligned else view.copy()  # other writers need not align
     structure = metadata.get(_STRUCTURE)
     if structure is None:
         return arrays
     try:
-        return rebuild(decode(base64.b64decode(structure, validate=True), ()), arrays)
-    except (FlarebusError, ValueError, AttributeError) as error:
+        return _restructured(structure, arrays)
+    except (FlarebusError, ValueError, AttributeError, TypeError) as error:
         raise DecodeError(f"{path}: its structure cannot be read: {error}") from error
+
+
+def _structure(
+    params: Mapping[Any, Any], arrays: Mapping[str, NDArray[Any]]
+) -> tuple[str | None, dict[str, NDArray[Any]]]:
+    """Return all of a model that is no array, as text, and the long parts of it as arrays of bytes."""
+    if is_flat(params) and len(arrays) == len(params):
+        return None, {}
+    body, buffers = encode(rebuild(params, dict.fromkeys(arrays)), externalise_from=_LONG_BYTES)
+    blobs = {f"{_BLOB}{index}": np.frombuffer(buffer, np.uint8) for index, buffer in enumerate(buffers)}
+    if blobs.keys() & arrays.keys():
+        raise EncodeError("params", f"a name that begins with {_BLOB}", "rename it")
+    return base64.b64encode(body).decode(), blobs
+
+
+def _restructured(structure: str, arrays: dict[Any, Any]) -> dict[Any, Any]:
+    blobs = [arrays.pop(f"{_BLOB}{index}") for index in range(sum(name.startswith(_BLOB) for name in arrays))]
+    params = rebuild(decode(base64.b64decode(structure, validate=True), blobs), arrays)
+    missing = arrays.keys() - flatten(params).keys()
+    if missing:
+        raise ValueError(f"it has no place for {min(missing)!r}")
+    return params
 
 
 def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, _Tensor], dict[str, str], int]:
@@ -214,7 +256,7 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, _Tens
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
             raise ValueError("it is shorter than its header says")
         fields = json.loads(file.read(length))
-        metadata = fields.pop("__metadata__", {})
+        metadata = fields.pop(_METADATA, {})
         odd = json.loads(metadata.get(_NUMPY_DTYPES, "{}"))
         start = 8 + length
         tensors = {name: _tensor(name, entry, odd.get(name), size - start) for name, entry in fields.items()}
@@ -229,9 +271,11 @@ def _tensor(name: str, entry: Any, odd: str | None, available: int) -> _Tensor:
         raise ValueError(f"{name!r} has the unknown dtype {word!r}")
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)) or not begin <= end <= available:
         raise ValueError(f"{name!r} lies outside the file")
-    dtype = _numpy_dtype(_BY_WORD[word]) if odd is None else np.dtype(odd)
-    if dtype.hasobject:
-        raise ValueError(f"{name!r} has a dtype that is no numbers")
+    if len(shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"{name!r} has more than {_MAX_DIMENSIONS} dimensions")
+    dtype = _numpy_dtype(_BY_WORD[word]) if odd is None else _numpy_dtype(odd)
+    if odd is not None and (dtype.hasobject or not dtype.itemsize or shape[-1:] != (dtype.itemsize,)):
+        raise ValueError(f"{name!r} is said to be {odd}, which it cannot be")
     if math.prod(shape) * (1 if odd is not None else dtype.itemsize) != end - begin:
         raise ValueError(f"{name!r} has another size than its shape says")
     return _Tensor(word, dtype, shape, begin, end)
@@ -248,19 +292,28 @@ def _word(dtype: np.dtype[Any]) -> str | None:
     return _DTYPES.get(dtype.name) if dtype.isnative else None
 
 
+def _is_ml(dtype: np.dtype[Any]) -> bool:
+    return dtype.type.__module__.startswith("ml_dtypes")
+
+
 def _numpy_dtype(name: str) -> np.dtype[Any]:
-    if name.startswith(("bfloat", "float8")):
+    try:
+        return np.dtype(name)
+    except TypeError:
         import ml_dtypes  # costs 20 ms that models without such dtypes need not pay
 
-        name = getattr(ml_dtypes, name)
-    dtype: np.dtype[Any] = np.dtype(name)
-    return dtype
+        found = vars(ml_dtypes).get(name)
+        if not (isinstance(found, type) and issubclass(found, np.generic)):
+            raise
+        return np.dtype(found)
 
 
 def _reserve(handle: int, nbytes: int) -> None:
-    os.ftruncate(handle, nbytes)
-    if sys.platform == "linux":
+    if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(handle, 0, nbytes)
+        return
+    for begin in range(0, nbytes, len(_ZEROS)):
+        os.pwrite(handle, _ZEROS[: nbytes - begin], begin)
 
 
 def sync_folder(folder: Path) -> None:

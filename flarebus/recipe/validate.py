@@ -21,6 +21,7 @@ from flarebus.job.class_ref import ClassRef
 from flarebus.job.initial import params_of
 from flarebus.job.kinds import FrameworkType
 from flarebus.workflow.aggregator import AGGREGATOR_METHODS
+from flarebus.workflow.params import as_array, flatten
 
 __all__ = [
     "CKPT_SUFFIXES",
@@ -40,6 +41,10 @@ CKPT_SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
 DEFAULT_COMMAND = "python3 -u"
 # A site of this name could not be told from the server's cell.
 _RESERVED_SITES = frozenset({"server"})
+# Values of a model that are no arrays and are kept as they are.
+_PLAIN = (type(None), bool, int, float, complex, str, bytes)
+# Names, without suffix, of the other models that a run keeps.
+_TAKEN = re.compile(r"FL_global_model|model-\d+")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
@@ -83,7 +88,7 @@ def check_ckpt(value: object) -> tuple[Path | None, bool]:
     if not isinstance(value, (str, os.PathLike)) or isinstance(value, bytes) or not os.fspath(value):
         raise ConfigError("initial_ckpt", value, "the path of a file, or None")
     path = Path(value)
-    if path.suffix not in CKPT_SUFFIXES:
+    if path.suffix.lower() not in CKPT_SUFFIXES:
         raise ConfigError("initial_ckpt", str(value), "a file ending in " + ", ".join(CKPT_SUFFIXES))
     if path.is_absolute():
         return path, False
@@ -108,8 +113,12 @@ def check_model(value: object) -> Any:
     if not isinstance(value, (Mapping, list, tuple, np.ndarray)):
         allowed = 'a module, {"class_path": "pkg.mod.Class", "args": {...}}, an array, or a list or dict of arrays'
         raise ConfigError("model", value, allowed)
-    if not params_of(value):
+    if not isinstance(value, np.ndarray) and not value:
         raise ConfigError("model", value, "holds no parameters; None starts without a model")
+    for name, leaf in flatten(params_of(value)).items():
+        array = as_array(leaf)
+        if (array is None and not isinstance(leaf, _PLAIN)) or (array is not None and array.dtype.hasobject):
+            raise ConfigError(f"model[{name!r}]", leaf, "an array, tensor or number, not a Python object")
     return value
 
 
@@ -156,6 +165,8 @@ def check_best_filename(best: object, save: object, framework: FrameworkType) ->
             raise ConfigError(
                 parameter, value, f"a plain file name of letters, digits, '.', '_', '-', ending in {suffixes}"
             )
+        if _TAKEN.fullmatch(Path(value).stem):
+            raise ConfigError(parameter, value, "another name; this one is taken by the model of the last round")
     if best is not None and save is not None and best != save:
         raise ConfigError(
             "save_filename", save, f"must be the same as best_model_filename={best!r}; it is its old name"

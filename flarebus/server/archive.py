@@ -43,7 +43,7 @@ class Archive:
         self._job = job
         self._journal = Journal(folder / "rounds.sqlite")
         self._journal.begin(job.job_id, job.name)
-        self._store = CheckpointStore(folder / "models")
+        self._store = CheckpointStore(folder / "models", f"{job.best_stem}.safetensors")
         self._params = job.initial_params()
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="flarebus commit")
         self._committing: Future[None] | None = None

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flarebus.cell import Cell, Payload
+from flarebus.cell import Cell
 from flarebus.codec import decode
 from flarebus.delivery import Delivery
 from flarebus.errors import DecodeError, FlarebusError, JobAborted, JobFailed, NoRoute
@@ -22,6 +22,7 @@ from flarebus.job.definition import JobDefinition
 from flarebus.model import FLModel
 from flarebus.pending import Pending
 from flarebus.server.archive import Archive
+from flarebus.server.open_task import Arrived, OpenTask
 from flarebus.server.pool import HostEnd
 from flarebus.server.roster import Roster
 from flarebus.server.tally import Tally
@@ -75,7 +76,7 @@ class ServerJob:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._pool = SlabPool(folder=staging)
         self._aborted_by: str | None = None
-        self._open: _OpenTask | None = None
+        self._open: OpenTask | None = None
         self._task_number = 0
         self._attempts: dict[str, int] = {}
         cell.inbox("task", "join", lambda delivery: self._events.put(lambda: self._join(delivery)))
@@ -129,7 +130,7 @@ class ServerJob:
                 tally.fail(site, reason)
         self._task_number += 1
         payload = self._cell.share(_outgoing(task), self.roster.hosts)
-        self._open = open_task = _OpenTask(self._task_number, task, tally, payload, targets, in_order)
+        self._open = open_task = OpenTask(self._task_number, task, tally, payload, targets, in_order)
         self.fire("round_started", round=task.round, sites=targets)
         try:
             self._assign(targets)
@@ -196,7 +197,7 @@ class ServerJob:
         for host in self.roster.hosts:
             self._cell.notify(host, "task", "end", {"reason": reason})
 
-    def _collect(self, open_task: _OpenTask) -> Iterator[Result]:
+    def _collect(self, open_task: OpenTask) -> Iterator[Result]:
         tally = open_task.tally
         while True:
             self._stage(open_task)
@@ -289,9 +290,9 @@ class ServerJob:
             self._fail(site, str(error))
             delivery.reply({"accepted": True, "reason": ""})
         else:
-            open_task.arrived[site] = _Arrived(site, delivery, fields["model"])
+            open_task.arrived[site] = Arrived(site, delivery, fields["model"])
 
-    def _stage(self, open_task: _OpenTask) -> None:
+    def _stage(self, open_task: OpenTask) -> None:
         """Start pulling what has arrived, in the order it will be used, while there is room for it."""
         for arrived in open_task.unstaged():
             nbytes = arrived.delivery.nbytes
@@ -301,13 +302,14 @@ class ServerJob:
                 self._fail(arrived.site, reason)
                 arrived.answer(reason)
                 continue
-            if self._pool.leased_bytes + nbytes > max(STAGED_RESULTS * nbytes, STAGED_BYTES):
+            # One is always under way, whatever the controller keeps: a round must not wait for its own results.
+            if open_task.is_staging and self._pool.leased_bytes + nbytes > max(STAGED_RESULTS * nbytes, STAGED_BYTES):
                 return
             arrived.pulled = arrived.delivery.pull(self._pool)
             # Only to wake this thread; what was pulled is found where it is.
             arrived.pulled.on_done(lambda _: self._events.put(_nothing))
 
-    def _open_result(self, open_task: _OpenTask, arrived: _Arrived) -> Result | None:
+    def _open_result(self, open_task: OpenTask, arrived: Arrived) -> Result | None:
         """Decode what was pulled; None if there is nothing usable in it."""
         del open_task.arrived[arrived.site]
         assert arrived.pulled is not None
@@ -387,85 +389,13 @@ class ServerJob:
         except FlarebusError as error:
             log.warning("metrics of %s dropped: %s", delivery.source, error)
 
-    def _dismiss(self, open_task: _OpenTask) -> None:
+    def _dismiss(self, open_task: OpenTask) -> None:
         """Tell hosts that still work on a closed task to stop, and answer results that came too late."""
         late = [site for site in open_task.targets if site not in open_task.tally.usable]
         for host, sites in self.roster.by_host(late).items():
             self._cell.notify(host, "task", "cancel", {"number": open_task.number, "sites": sites})
         for arrived in open_task.arrived.values():
             arrived.answer("the round is closed")
-
-
-class _Arrived:
-    """A result whose message is here; its arrays may not be yet."""
-
-    __slots__ = ("body", "delivery", "pulled", "site")
-
-    def __init__(self, site: str, delivery: Delivery, body: bytes) -> None:
-        self.site = site
-        self.delivery = delivery
-        self.body = body
-        self.pulled: Pending[Sequence[Any]] | None = None
-
-    @property
-    def is_here(self) -> bool:
-        """Whether nothing more has to be fetched."""
-        return self.pulled is not None and self.pulled.is_done
-
-    def answer(self, refused: str | None) -> None:
-        """Tell the site what became of it; its `send` returns then."""
-        self.delivery.reply({"accepted": refused is None, "reason": refused or ""})
-
-
-class _OpenTask:
-    """The broadcast that runs now."""
-
-    def __init__(
-        self, number: int, task: Task, tally: Tally, payload: Payload, targets: Sequence[str], in_order: bool
-    ) -> None:
-        self.number = number
-        self.task = task
-        self.tally = tally
-        self.payload = payload
-        self.targets = targets
-        self.in_order = in_order
-        self.is_closing = False
-        self.nbytes = _nbytes(payload)
-        self.arrived: dict[str, _Arrived] = {}
-        self.metrics: dict[str, dict[str, Any]] = {}
-
-    def unstaged(self) -> list[_Arrived]:
-        """What has arrived and is not being pulled, in the order of use."""
-        return [arrived for arrived in self._in_turn() if arrived.pulled is None]
-
-    def next_ready(self) -> _Arrived | None:
-        """A result that is here and whose turn it is."""
-        for arrived in self._in_turn():
-            if arrived.is_here:
-                return arrived
-            if self.in_order:
-                return None
-        return None
-
-    def waits_for(self, site: str, number: int) -> bool:
-        """Whether an answer of `site` to task `number` still counts."""
-        return number == self.number and site in self.tally.open and not (self.is_closing and site not in self.arrived)
-
-    def _in_turn(self) -> Iterator[_Arrived]:
-        if not self.in_order:
-            yield from list(self.arrived.values())
-            return
-        for site in self.targets:
-            if site in self.arrived:
-                yield self.arrived[site]
-            elif site in self.tally.open and not self.is_closing:
-                return
-
-
-def _nbytes(payload: Payload) -> int:
-    if payload.manifest is not None:
-        return payload.manifest.nbytes
-    return len(payload.body) + sum(len(buffer) for buffer in payload.buffers)
 
 
 def _outgoing(task: Task) -> FLModel:

@@ -30,6 +30,7 @@ __all__ = ["TURN_BYTES", "main", "read_turn"]
 JOIN_S = 30.0
 # The file in which a worker notes whose turn it is, for whoever looks after it was killed.
 TURN_BYTES = 256
+_NOBODY = b"-"  # no site is called that
 _PR_SET_PDEATHSIG = 1
 
 
@@ -65,19 +66,20 @@ def _host(cell: Cell, config: dict[str, Any]) -> None:
             LogConfig.parse(config["log_config"]),
             on_turn=lambda site: _note_turn(page, site),
         )
-        host.run()
+        host.run(lambda: _note_turn(page, ""))
 
 
 def _note_turn(page: mmap.mmap, site: str) -> None:
-    page[:TURN_BYTES] = site.encode().ljust(TURN_BYTES, b"\0")
+    page[:TURN_BYTES] = (site.encode() or _NOBODY).ljust(TURN_BYTES, b"\0")
 
 
 def read_turn(path: Path) -> str | None:
-    """Whose turn it was in the worker that kept this file, or None."""
+    """Whose turn it was in the worker that kept this file: "" nobody's, None when it had not even joined the job."""
     try:
-        return path.read_bytes().rstrip(b"\0").decode() or None
+        noted = path.read_bytes().rstrip(b"\0")
     except OSError:
         return None
+    return None if not noted else noted.removeprefix(_NOBODY).decode()
 
 
 def _keys(config: dict[str, str] | None) -> DialKeys | None:

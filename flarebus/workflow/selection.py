@@ -8,6 +8,7 @@ nobody unless it is evaluated.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
 from flarebus.errors import ConfigError
@@ -15,8 +16,12 @@ from flarebus.workflow.condition import Condition
 
 __all__ = ["BestModelSelector", "StopRule"]
 
-# Words in the name of a metric of which less is better.
-_LESS_IS_BETTER = ("loss", "error", "mse", "mae", "rmse", "perplexity", "divergence", "distance")
+# Words in the name of a metric of which less is better: `val_loss`, `trainLoss`, `logloss`, `RMSE`.
+_LESS_IS_BETTER = frozenset(
+    ["mse", "mae", "rmse", "mape", "nll", "ppl", "wer", "cer", "err", "error", "errors", "divergence", "distance"]
+)
+_LESS_IS_BETTER_ENDS = ("loss", "losses", "perplexity", "entropy")
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 
 class BestModelSelector:
@@ -34,7 +39,7 @@ class BestModelSelector:
         if mode not in (None, "max", "min"):
             raise ConfigError("key_metric_mode", mode, "max, min or None")
         self.key_metric = key_metric
-        self.mode = mode or ("min" if any(word in key_metric.lower() for word in _LESS_IS_BETTER) else "max")
+        self.mode = mode or ("min" if _is_loss(key_metric) else "max")
         self.best: float | None = None
 
     def is_best(self, metrics: Mapping[str, float]) -> bool:
@@ -49,6 +54,11 @@ class BestModelSelector:
             return False
         self.best = value
         return True
+
+
+def _is_loss(name: str) -> bool:
+    words = [word.lower() for word in _WORD.findall(name)]
+    return any(word in _LESS_IS_BETTER or word.endswith(_LESS_IS_BETTER_ENDS) for word in words)
 
 
 class StopRule:

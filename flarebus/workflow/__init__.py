@@ -1,0 +1,3 @@
+"""What a workflow implements and what it may call: controllers, means, selection."""
+
+__all__: list[str] = []
