@@ -30,7 +30,8 @@ __all__ = ["CHUNK_BYTES", "WINDOW_CHUNKS", "Offer", "Offers", "Pull", "Slices"]
 CHUNK_BYTES = 1024 * 1024
 # Enough to keep both ends busy, and no more than the receiver's share of a router's queue.
 WINDOW_CHUNKS = 8
-SEPARATE_SLICES = 4
+# A frame costs microseconds on every hop; joining a chunk costs a copy of it and, worse, fresh memory for the copy.
+SEPARATE_SLICES = 32
 # Without progress for this long a receiver asks again for what it misses, and after `LEASE_S` it gives up.
 STALL_S = 5.0
 LEASE_S = 60.0

@@ -8,8 +8,8 @@
 
 The three transfer headers are constants, so that the busiest frames are recognised by one comparison and never parsed.
 Header, positionally: version, kind, id, answers, channel, topic, ttl_s, [transfer, holder, lengths] or nil, lengths
-of the buffers in the bundle or nil. A bundle is those buffers end to end, each padded with zeros to a multiple of 64
-bytes.
+of the buffers in the bundle or nil. Lengths are a letter, I or Q, and that many unsigned integers of 4 or 8 bytes. A
+bundle is those buffers end to end, each padded with zeros to a multiple of 64 bytes.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ MAX_BODY_BYTES = 1024 * 1024
 MAX_INLINE_BYTES = 256 * 1024
 # The largest frame anybody may send: a chunk with room to spare. Sockets refuse more before allocating it.
 MAX_FRAME_BYTES = 8 * 1024 * 1024
-# Buffers of one message; more would let a header of 64 KiB cost megabytes of Python objects.
-MAX_BUFFERS = 100_000
+# The longest list in a header. Lists are allocated by what they claim to hold, also a thousand deep in each other, so
+# lengths are not a list: 64 KiB of claims would cost 70 MB.
+MAX_FIELDS = 9
 # A cache line: arrays may lie in the bundle as they lie in memory, whatever their dtype.
 ALIGNMENT = 64
 MAX_ADDRESS_BYTES = 255
@@ -71,6 +72,7 @@ NOT_OFFERED = (1 << 64) - 1
 """First byte of a CHUNK that says: I do not hold that, or not for you."""
 
 _PADDING = [bytes(-n % ALIGNMENT) for n in range(ALIGNMENT)]
+_WIDTHS = {"I": 4, "Q": 8}
 _KINDS = {int(kind): kind for kind in Kind}
 
 
@@ -106,8 +108,8 @@ def encode_message(message: Message) -> list[Buffer]:
             message.channel,
             message.topic,
             message.ttl_s,
-            None if manifest is None else (manifest.transfer, manifest.holder, manifest.lengths),
-            None if message.bundle is None else message.bundle.lengths,
+            None if manifest is None else (manifest.transfer, manifest.holder, _pack_lengths(manifest.lengths)),
+            None if message.bundle is None else _pack_lengths(message.bundle.lengths),
         )
     )
     if len(header) > MAX_HEADER_BYTES:
@@ -142,7 +144,7 @@ def decode_message(frames: Sequence[Buffer]) -> Message:
     ):
         raise DecodeError("address, header or body is over its limit")
     try:
-        fields = msgpack.unpackb(header, use_list=False, max_array_len=MAX_BUFFERS)
+        fields = msgpack.unpackb(header, use_list=False, max_array_len=MAX_FIELDS)
         return _message(target.decode("ascii"), source.decode("ascii"), fields, body, frames[4] if frames[4:] else None)
     except DecodeError:
         raise
@@ -181,8 +183,9 @@ def _message(target: str, source: str, fields: Any, body: bytes, data: Buffer | 
 def _bundle(lengths: Any, data: Buffer | None) -> Bundle | None:
     if lengths is None and data is None:
         return None
-    if type(lengths) is not tuple or not all(type(n) is int and n >= 0 for n in lengths) or data is None:
+    if lengths is None or data is None:
         raise DecodeError("bundle: lengths and frame do not come together")
+    lengths = _unpack_lengths(lengths)
     if sum(n + -n % ALIGNMENT for n in lengths) != len(data) or len(data) > 2 * MAX_INLINE_BYTES:
         raise DecodeError("bundle: its frame has not the length it says")
     return Bundle(lengths, data)
@@ -194,8 +197,20 @@ def _manifest(fields: Any) -> Manifest:
         raise DecodeError("manifest: transfer id is not 16 bytes")
     if type(holder) is not str or not 0 < len(holder) <= MAX_ADDRESS_BYTES:
         raise DecodeError("manifest: holder is not an address")
-    if type(lengths) is not tuple or not all(type(n) is int and n >= 0 for n in lengths):
-        raise DecodeError("manifest: lengths are not byte counts")
+    lengths = _unpack_lengths(lengths)
     if sum(lengths) > MAX_TRANSFER_BYTES:
         raise DecodeError("manifest: more bytes than a transfer may have")
     return Manifest(transfer, holder, lengths)
+
+
+def _pack_lengths(lengths: Sequence[int]) -> bytes:
+    code = "Q" if max(lengths, default=0) >> 32 else "I"
+    return code.encode() + struct.pack(f"!{len(lengths)}{code}", *lengths)
+
+
+def _unpack_lengths(packed: Any) -> tuple[int, ...]:
+    code = packed[:1].decode("ascii") if type(packed) is bytes else ""
+    width = _WIDTHS.get(code)
+    if width is None or (len(packed) - 1) % width:
+        raise DecodeError("lengths are not byte counts")
+    return struct.unpack_from(f"!{len(packed) // width}{code}", packed, 1)
