@@ -195,10 +195,20 @@ class Encoder(Sink):
             self.devices.append(device)
         return self.devices.index(device)
 
-    def fetched(self, key: tuple[Any, ...], fetch: Callable[[], np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-        """Return the host's copy of device memory; `key` begins with address, extent and size, as in `placed`."""
+    def place_copy(self, key: tuple[Any, ...], owner: object, make: Callable[[], memoryview]) -> int:
+        """Place bytes that stand for `owner`, which lies at ``key = (address, extent, n_bytes, ...)`` with gaps."""
+        if key not in self.placed:
+            self.placed[key] = self.put(make(), key[2])
+            self.kept.append(owner)
+        return self.placed[key]
+
+    def fetched(
+        self, key: tuple[Any, ...], owner: object, fetch: Callable[[], np.ndarray[Any, Any]]
+    ) -> np.ndarray[Any, Any]:
+        """Return the host's copy of `owner`, which lies in the memory of a device at `key`, as in `place_copy`."""
         if key not in self.foreign:
             self.foreign[key] = fetch()
+            self.kept.append(owner)
         return self.foreign[key]
 
     def region_of(self, start: int, extent: int) -> Region | None:
@@ -269,7 +279,10 @@ def encode_with(registry: Registry, value: Any, externalise_from: int) -> Encode
     try:
         root = encoder.plain(value, 0)
         if len(encoder.placed) + len(encoder.foreign) > 1 and (regions := encoder.find_regions()):
-            encoder = Encoder(registry, externalise_from, regions)
+            # The first one stays until the end: it holds memory that decomposers made, and a region of which must not
+            # be given to something else before its bytes are read.
+            first, encoder = encoder, Encoder(registry, externalise_from, regions)
+            encoder.kept.append(first)
             root = encoder.plain(value, 0)
         return Encoded(encoder.pack(root), encoder.buffers)
     except Refused as error:

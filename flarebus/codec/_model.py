@@ -6,9 +6,9 @@ from typing import Any
 
 from flarebus.codec._decoder import Decoder
 from flarebus.codec._encoder import Encoder
-from flarebus.codec._ids import FLMODEL, MAX_DEPTH, PARAMS_TYPE
+from flarebus.codec._ids import FLMODEL, PARAMS_TYPE
 from flarebus.codec._records import EnumDecomposer
-from flarebus.codec._registry import Malformed, Refused, Registry
+from flarebus.codec._registry import Refused, Registry
 from flarebus.model import FLModel, ParamsType
 
 __all__ = ["add_model"]
@@ -41,10 +41,6 @@ def _encode_model(value: FLModel, sink: Encoder, depth: int) -> list[Any]:
 
 
 def _decode_model(node: list[Any], source: Decoder, depth: int) -> FLModel:
-    if len(node) != 2 + len(_DICTS) + len(_ROUNDS):
-        raise Malformed("an FLModel with too few or too many fields")
-    if depth > MAX_DEPTH:
-        raise Malformed(f"nested deeper than {MAX_DEPTH} levels")
     fields: dict[str, Any] = {}
     name = ""
     try:

@@ -110,7 +110,7 @@ def _number_of(dtype: np.dtype[Any]) -> int:
             return number + (length << 8)
     if "ml_dtypes" in sys.modules:
         for number, known in _ml_dtypes().items():
-            if known == dtype and known.type is dtype.type:
+            if known == dtype:
                 return number
     raise Refused(f"an array of dtype {dtype}", _hint(dtype))
 
@@ -191,9 +191,8 @@ def _strided_node(value: Array, number: int, sink: Encoder) -> list[Any]:
         reference = sink.place(_flat_bytes(value.transpose(axes)), value.nbytes)
         return view_node(value.dtype, reference, 0, shape, strides)
     key = (low, high - low, value.nbytes, number, shape, strides)
-    if key not in sink.placed:
-        sink.placed[key] = sink.put(_flat_bytes(np.ascontiguousarray(value)), value.nbytes)
-    return [NDARRAY, number, sink.placed[key], *shape]
+    reference = sink.place_copy(key, value, lambda: _flat_bytes(np.ascontiguousarray(value)))
+    return [NDARRAY, number, reference, *shape]
 
 
 def _dense_axes(value: Array) -> list[int] | None:
@@ -248,7 +247,7 @@ def read_array(node: list[Any], source: Decoder, depth: int = 0) -> Array:
     if reference is None:
         if n_bytes or strides:
             raise Malformed("an array without its bytes")
-        return np.ndarray(shape, dtype, bytearray(dtype.itemsize))
+        return np.ndarray(shape, dtype, bytearray(16))  # an empty one would not be aligned
     if not n_bytes:
         raise Malformed("bytes for an array that has none")
     if strides is None:

@@ -230,14 +230,8 @@ def _typed(value: Any, kind: type) -> Any:
     return value
 
 
-def _integers(values: list[Any]) -> list[int]:
-    # The constructors of dates would take bytes for a pickled state.
-    if not all(type(value) is int for value in values):
-        raise Malformed("something else where whole numbers belong")
-    return values
-
-
 # -- numbers, dates, times ----------------------------------------------------------------------------------------
+# Each field is named on the way in: with one argument, the constructors of dates take bytes for a pickled state.
 
 
 def _encode_complex(value: complex, sink: Encoder, depth: int) -> Any:
@@ -277,7 +271,7 @@ def _encode_datetime(value: datetime, sink: Encoder, depth: int) -> Any:
 
 
 def _decode_datetime(node: list[Any], source: Decoder, depth: int) -> datetime:
-    year, month, day, hour, minute, second, microsecond, fold = _integers(node[1:9])
+    year, month, day, hour, minute, second, microsecond, fold = node[1:9]
     return datetime(year, month, day, hour, minute, second, microsecond, _read_zone(node[9:]), fold=fold)
 
 
@@ -286,7 +280,7 @@ def _encode_date(value: date, sink: Encoder, depth: int) -> Any:
 
 
 def _decode_date(node: list[Any], source: Decoder, depth: int) -> date:
-    year, month, day = _integers(node[1:])
+    year, month, day = node[1:]
     return date(year, month, day)
 
 
@@ -295,7 +289,7 @@ def _encode_time(value: time, sink: Encoder, depth: int) -> Any:
 
 
 def _decode_time(node: list[Any], source: Decoder, depth: int) -> time:
-    hour, minute, second, microsecond, fold = _integers(node[1:6])
+    hour, minute, second, microsecond, fold = node[1:6]
     return time(hour, minute, second, microsecond, _read_zone(node[6:]), fold=fold)
 
 
@@ -304,5 +298,5 @@ def _encode_timedelta(value: timedelta, sink: Encoder, depth: int) -> Any:
 
 
 def _decode_timedelta(node: list[Any], source: Decoder, depth: int) -> timedelta:
-    days, seconds, microseconds = _integers(node[1:])
+    days, seconds, microseconds = node[1:]
     return timedelta(days, seconds, microseconds)

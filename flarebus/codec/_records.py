@@ -29,7 +29,7 @@ class EnumDecomposer(Decomposer):
     def recompose(self, plain: Any, source: Source) -> Any:
         if self._is_flag and type(plain) is int:
             return self._cls(plain)
-        if not self._is_flag and type(plain) is str and plain in self._cls.__members__:
+        if not self._is_flag and type(plain) is str:
             return self._cls[plain]
         raise Malformed(f"no member of {self._cls.__qualname__}")
 

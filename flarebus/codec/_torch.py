@@ -122,7 +122,7 @@ def _fetched_node(value: torch.Tensor, sink: Encoder) -> list[Any]:
         dtype = _bridge().torch.empty(0, dtype=value.dtype).numpy().dtype
         return view_node(dtype, reference, start - region.start, shape, strides)
     key = (start, extent, value.nbytes, str(value.dtype), shape, strides)
-    return array_node(sink.fetched(key, lambda: value.cpu().numpy()), sink)
+    return array_node(sink.fetched(key, value, lambda: value.cpu().numpy()), sink)
 
 
 def _fetched_region(region: Region, member: torch.Tensor, start: int) -> Array:

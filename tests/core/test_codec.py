@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 from zoneinfo import ZoneInfo
 
+import msgpack
 import numpy as np
 import pytest
 
@@ -85,6 +86,7 @@ STRUCTURED = np.zeros(2, [("a", "f4"), ("b", "i4")])
         (np.zeros(1, "g"), "dtype float128", "float64"),
         (np.longdouble(1), "numpy.longdouble", "numeric"),
         (np.zeros(1, "M8[25s]"), "dtype datetime64[25s]", "numeric"),
+        (np.zeros(1, "S70000"), "dtype |S70000", "numeric"),
         (np.ma.masked_array([1.0], [True]), "numpy.ma.MaskedArray", "numpy.asarray"),
         ("\ud800", "lone surrogate", "bytes"),
         (SimpleNamespace(state_dict=dict), "SimpleNamespace", "state_dict()"),
@@ -237,6 +239,64 @@ def test_says_which_decomposer_failed_and_where() -> None:
         decode(body, ())
 
 
+class Box:
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+
+class BoxDecomposer(Decomposer):
+    type_id = 1103
+    types = (Box,)
+
+    def decompose(self, value: Box, sink: Sink) -> Any:
+        return value.inner() if callable(value.inner) else value.inner
+
+    def recompose(self, plain: Any, source: Source) -> Box:
+        return Box(plain)
+
+
+codec.register(BoxDecomposer())
+
+
+def test_boxes_in_boxes_are_as_deep_as_lists_in_lists() -> None:
+    """A registered type counts as a level, out and in."""
+    value = Box(0)
+    for _ in range(MAX_DEPTH + 1):
+        value = Box(value)
+
+    with pytest.raises(EncodeError, match="deeper than 100 levels"):
+        encode(value)
+    body, _ = encode(value.inner)
+    inner, tag = body[1:-3], body[1:5]
+    with pytest.raises(DecodeError, match="deeper than 100 levels"):
+        decode(body[:1] + tag + inner + body[-3:], ())
+
+
+def test_temporary_arrays_of_a_decomposer_are_not_taken_for_each_other() -> None:
+    """Small arrays made while encoding never stand in for one another, though they would reuse addresses."""
+    made: list[Callable[[int], np.ndarray[Any, Any]]] = [
+        lambda i: np.full(20, i),
+        lambda i: np.full(400, i),
+        lambda i: np.full(40, i)[::2],
+        lambda i: np.full(4000, i)[::2],
+    ]
+    for make in made:
+        body, buffers = encode([Box(lambda i=i, make=make: make(i)) for i in range(50)])
+        assert [int(box.inner.mean()) for box in decode(body, buffers)] == list(range(50))
+
+
+def test_temporary_arrays_that_overlap_are_read_where_they_are() -> None:
+    """Overlapping arrays made while encoding travel with their own bytes, though they are made more than once."""
+
+    def make(i: int) -> list[np.ndarray[Any, Any]]:
+        whole = np.full(5000 + i, i)
+        return [whole, whole[10:]]
+
+    body, buffers = encode([Box(lambda i=i: make(i)) for i in range(20)])
+    for i, box in enumerate(decode(body, buffers)):
+        assert [(len(one), one.min(), one.max()) for one in box.inner] == [(5000 + i, i, i), (4990 + i, i, i)]
+
+
 class LazyDecomposer(Decomposer):
     type_id = 1102
     types = ("fractions:Fraction", "nowhere.to.be.found:Thing")
@@ -329,6 +389,7 @@ class Late(Enum):
 @dataclass
 class Checked:
     n: int
+    unit: str = "s"
 
     def __post_init__(self) -> None:
         if self.n < 0:
@@ -344,7 +405,8 @@ def test_records_check_what_comes_in() -> None:
     body, _ = encode([Late.A, good])
     assert decode(body, ()) == [Late.A, good]
     good.n = -1
-    for broken in (encode(good).body, body.replace(b"\xa1A", b"\xa1B"), body.replace(b"\xa1n", b"\xa1m")):
+    incomplete = msgpack.packb([[1111, [2, "n", 1]], 0, b""])
+    for broken in (incomplete, encode(good).body, body.replace(b"\xa1A", b"\xa1B"), body.replace(b"\xa1n", b"\xa1m")):
         with pytest.raises(DecodeError):
             decode(broken, ())
 

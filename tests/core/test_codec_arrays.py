@@ -74,6 +74,13 @@ def test_small_arrays_stay_in_the_body() -> None:
     assert len(encode(value[0], externalise_from=1).buffers) == 1
 
 
+def test_small_arrays_lie_aligned_in_one_copy() -> None:
+    """Arrays in the body share one allocation, whatever odd size the one before has."""
+    found = decode(*encode([np.ones(3, np.uint8), np.ones(3), np.ones(7, np.uint8), np.ones(3, np.complex128)]))
+
+    assert len({id(one.base) for one in found}) == 1
+
+
 def test_a_writable_aligned_buffer_is_used_as_it_is() -> None:
     """What is written to the array is written to the buffer it came in."""
     body, buffers = encode(np.zeros(1000))
@@ -160,6 +167,22 @@ def test_shared_memory_stays_shared(n_items: int) -> None:
     assert np.array_equal(found["apart"], whole)
 
 
+def test_views_that_cannot_share_come_back_right() -> None:
+    """Reversed and repeated views beside what they view come back with their values, on memory of their own."""
+    whole = np.arange(300.0)
+    value = [whole, whole[::-1], np.broadcast_to(whole[5:8], (200, 3)), whole[10:20]]
+
+    assert all(np.array_equal(a, b) for a, b in zip(arrived(value), value, strict=True))
+
+
+def test_an_axis_of_length_one_may_have_any_stride() -> None:
+    """The stride of an axis that is never stepped along means nothing and stops nothing."""
+    array = np.arange(2000.0).reshape(50, 1, 40).T[:, ::-1]
+
+    assert array.strides[1] < 0
+    assert np.array_equal(arrived(array), array)
+
+
 def test_neighbours_do_not_drag_each_other_along() -> None:
     """Columns of a large matrix share no items: they travel alone, without the matrix around them."""
     matrix = np.arange(100_000.0).reshape(1000, 100)
@@ -170,8 +193,8 @@ def test_neighbours_do_not_drag_each_other_along() -> None:
     assert np.array_equal(found[1], matrix[:, 5])
 
 
-def test_temporary_arrays_of_a_decomposer_are_not_taken_for_each_other() -> None:
-    """Copies made while encoding never stand in for one another, though they reuse addresses."""
+def test_copies_are_not_taken_for_each_other() -> None:
+    """Copies of arrays with gaps never stand in for one another, though they reuse addresses."""
     whole = np.arange(400, dtype=np.float32)
     value: list[Array] = [whole[start : start + 40 : 2] for start in range(0, 360, 4)]
     value += [one.astype(np.complex128)[::-1] for one in value]

@@ -136,6 +136,7 @@ PLAIN: dict[str, Any] = {
     "model of another type": [_ids.FLMODEL, "HALF", [_ids.DICT], None, None, None, 0, None, None],
     "array in no buffer": array(0, reference=0),
     "array without bytes": array(4, reference=None),
+    "array of one without bytes": array(1, reference=None),
     "array in the body, beyond it": array(4, reference=-1),
     "view without bytes": view([4], [4], reference=None),
     "bytes in no buffer": [_ids.BYTES, 0, 0],
@@ -153,6 +154,7 @@ WITH_BUFFER: dict[str, Any] = {
     "too small a shape": array(15),
     "negative dimension": array(-16),
     "two negative dimensions": array(-4, -4),
+    "minus one and another": array(-1, -16),
     "minus one to be inferred": array(-1),
     "shape that overflows to fit": array(2**62, 2**2, 2**2),
     "dimension of 2 to the 63": array(2**63),
@@ -233,6 +235,12 @@ def test_refuses_a_body_that_means_nothing(name: str) -> None:
 def test_refuses_arrays_that_do_not_fit_their_bytes(name: str) -> None:
     """Shapes, dtypes, strides and references are checked against the bytes that came."""
     refused(packed(WITH_BUFFER[name], 1), [bytearray(DATA)])
+
+
+def test_refuses_views_that_leave_their_memory() -> None:
+    """The last byte of a view is computed in integers of any size, before NumPy sees its strides."""
+    for node in (view([16], [4], offset=4), view([2], [2**62]), view([3, 3], [2**63, 2**63]), view([2], [61])):
+        assert "leaves the 64 bytes" in refused(packed(node, 1), [bytearray(DATA)])
 
 
 def test_refuses_another_number_of_buffers() -> None:

@@ -181,8 +181,9 @@ def test_refuses_what_is_no_dense_tensor(make: Callable[[], Any], found: str) ->
     assert found in caught.value.found
 
 
-def test_memory_of_another_device_is_fetched_once() -> None:
+def test_memory_of_another_device_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors that share storage on another device are fetched together and stay tied; others are fetched alone."""
+    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)
     registry = Registry()
     add_plain(registry)
     add_numpy(registry)
