@@ -41,7 +41,11 @@ class CheckpointStore:
         self._made = 0
         self._next: MappedFile | None = None
         self._current: MappedFile | None = None
+        self._before: MappedFile | None = None
         self._best: MappedFile | None = None
+        # What the names lead to: what a crash leaves has to be whole.
+        self._named: set[MappedFile | None] = set()
+        self._has_new_names = False
 
     def next_arrays(self, params: Mapping[Any, Any]) -> dict[str, NDArray[Any]]:
         """Dotted name -> writable array on the pages of the free file, of the shapes and dtypes of `params`.
@@ -50,19 +54,26 @@ class CheckpointStore:
             OSError: the disk is full; no committed model is harmed.
         """
         self._next = None
-        self._next = self._free_file(Layout(params))
+        # From round to round the model is what the file before holds: no need to look at it again.
+        known = self._current is not None and _is_in(self._current, params)
+        self._next = self._free_file(self._current.layout if self._current and known else Layout(params))
         return self._next.arrays
 
     def finish(self, params: Mapping[Any, Any]) -> Path:
         """What was written becomes the current model: `params`, whose arrays are those of `next_arrays` or are copied
         there. Durable after `sync`."""
         file, self._next = self._next, None
-        layout = Layout(params)
-        if file is None or file.layout != layout:
-            file = self._free_file(layout)
-        layout.fill(file.arrays, params)
-        self._current = file
+        if file is None or not _is_in(file, params):
+            layout = Layout(params)
+            if file is None or file.layout != layout:
+                file = self._free_file(layout)
+            layout.fill(file.arrays, params)
+        self._before, self._current = self._current, file
         return file.path
+
+    def take_back(self) -> None:
+        """What `finish` made the current model is not to be it: the one before is again."""
+        self._current = self._before
 
     def keep_best(self, params: Mapping[Any, Any]) -> None:
         """The current model, `params`, is the best so far. Only a model that is in no file yet is written."""
@@ -80,17 +91,25 @@ class CheckpointStore:
             if file is not None:
                 file.sync()
                 self._link(file.path.name, name)
-        sync_folder(self._folder)
+        # The journal knows files by their own names: only new ones have to last. Links are for people.
+        if self._has_new_names:
+            sync_folder(self._folder)
+            self._has_new_names = False
+        self._named = {self._current, self._best}
 
     def close(self) -> None:
         """Leave the models under their own names, as plain files, and nothing else."""
         for file, name in ((self._best, self._best_name), (self._current, GLOBAL_NAME)):
-            if file is None:
-                continue
             target = self._folder / name
-            if file is self._best and file is self._current and name == GLOBAL_NAME:
-                target.unlink(missing_ok=True)
-                os.link(file.path, target)
+            if file is None:
+                if target.is_symlink():  # to a model that was taken back
+                    target.unlink()
+            elif file is self._best and file is self._current and name == GLOBAL_NAME:
+                temporary = self._folder / f".{name}.link"
+                temporary.unlink(missing_ok=True)
+                os.link(file.path, temporary)
+                os.replace(temporary, target)
+                temporary.unlink(missing_ok=True)  # replacing a file with itself does nothing
             else:
                 file.rename(target)
         kept = {GLOBAL_NAME, self._best_name}
@@ -99,12 +118,13 @@ class CheckpointStore:
             if file.path.name not in kept:
                 file.path.unlink(missing_ok=True)
         self._files.clear()
-        self._next = self._current = self._best = None
+        self._named.clear()
+        self._next = self._current = self._before = self._best = None
         sync_folder(self._folder)
 
     def _free_file(self, layout: Layout) -> MappedFile:
         for file in self._files:
-            if file not in (self._current, self._best, self._next):
+            if file not in (self._current, self._best, self._next) and file not in self._named:
                 if file.layout == layout:
                     return file
                 self._files.remove(file)
@@ -113,6 +133,7 @@ class CheckpointStore:
                 break
         file = MappedFile(self._fresh_path(), layout)
         self._files.append(file)
+        self._has_new_names = True
         return file
 
     def _fresh_path(self) -> Path:
@@ -132,6 +153,12 @@ class CheckpointStore:
             temporary.unlink()
         temporary.symlink_to(target)
         os.replace(temporary, link)
+
+
+def _is_in(file: MappedFile, params: Mapping[Any, Any]) -> bool:
+    """Whether a flat model is nothing but the arrays of `file`."""
+    arrays = file.arrays
+    return params.keys() == arrays.keys() and all(params[name] is array for name, array in arrays.items())
 
 
 def export_pt(params: Mapping[Any, Any], path: Path) -> None:

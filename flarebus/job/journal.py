@@ -159,10 +159,19 @@ def append_metrics(path: Path, record: Mapping[str, Any]) -> None:
     Args:
         record: anything: NaN and infinities become null, arrays with one number that number, all else that JSON has no
             word for its text.
+
+    Raises:
+        OSError: the disk is full; the file is as it was.
     """
-    line = _json(record) + "\n"
+    data = memoryview((_json(record) + "\n").encode())
     with open(path, "ab", buffering=0) as file:
-        file.write(line.encode())
+        begin = file.tell()
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(begin)  # half a line would spoil the file for whoever reads it
+            raise
 
 
 def _json(value: Any) -> str:

@@ -154,9 +154,11 @@ class MappedFile:
             _reserve(handle, layout.nbytes)
             os.pwrite(handle, layout.header, 0)
             self._map = mmap.mmap(handle, layout.nbytes)
-        except BaseException:
+        except BaseException as error:
             os.close(handle)
             path.unlink()
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(path)  # calls on a handle do not know it
             raise
         self._handle = handle
         self.arrays: dict[str, NDArray[Any]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,16 +38,20 @@ class CustomMean:
         return self._metrics.metrics
 
     def add(self, model: FLModel, weight: Any, site: str) -> None:
-        """Hand over one result; its meta says who sent it.
+        """Hand over one result; its meta says who sent it. One with metrics only is averaged, not handed over.
 
         Raises:
-            UpdateRefused: its weight or metrics make no sense, or the aggregator refused it.
+            UpdateRefused: its weight or metrics make no sense, or the aggregator refused it; it does not count then.
         """
+        reported = FLModel(metrics=model.metrics)
+        if model.metrics or model.params is None:
+            WeightedMean(None).add(reported, weight, site)  # raises if it is to be refused, before anything counts
+        if model.params is not None:
+            model.meta[MetaKey.CLIENT_NAME] = site
+            self._aggregator.accept_model(model)
+            self._accepted += 1
         if model.metrics:
-            self._metrics.add(FLModel(metrics=model.metrics), weight, site)
-        model.meta.setdefault(MetaKey.CLIENT_NAME, site)
-        self._aggregator.accept_model(model)
-        self._accepted += 1
+            self._metrics.add(reported, weight, site)
 
     def apply_to(self, model: Mapping[Any, Any], out: Mapping[str, NDArray[Any]] | None = None) -> dict[Any, Any]:
         """The aggregator's model; see `WeightedMean.apply_to`. A difference is added to `model`.
@@ -70,14 +75,28 @@ class CustomMean:
         leaves, steps = flatten(model), flatten(difference)
         unknown = steps.keys() - leaves.keys()
         if unknown:
-            raise JobFailed(f"the aggregator's difference has {min(unknown)!r}, which the model has not")
+            raise JobFailed(f"the aggregator's difference has a {min(unknown)!r}, which the model has not")
         new: dict[str, Any] = {}
         for name, step in steps.items():
-            base, change = as_array(leaves[name]), as_array(step)
-            if base is None or change is None:
-                new[name] = leaves[name] + step
-                continue
-            target = out.get(name)
-            total = np.add(base, change, out=target, casting="same_kind", dtype=base.dtype)
-            new[name] = restore(np.asarray(total), leaves[name])
+            try:
+                new[name] = _sum(leaves[name], step, out.get(name))
+            except (TypeError, ValueError) as error:
+                raise JobFailed(f"the aggregator's difference does not fit the model's {name!r}: {error}") from error
         return rebuild(model, new)
+
+
+def _sum(leaf: Any, step: Any, out: NDArray[Any] | None) -> Any:
+    base, change = as_array(leaf), as_array(step)
+    if base is None and isinstance(leaf, numbers.Number) and isinstance(step, numbers.Number):
+        return leaf + step  # type: ignore[operator]  # numbers add up
+    if base is None or change is None or base.shape != change.shape:
+        raise TypeError(f"{_shown(leaf)} and {_shown(step)}")
+    if base.dtype.kind in "iu" and change.dtype.kind == "f":
+        change = np.rint(change).astype(base.dtype)
+    total = np.add(base, change, out=out, casting="same_kind", dtype=base.dtype)
+    return restore(np.asarray(total), leaf)
+
+
+def _shown(leaf: Any) -> str:
+    array = as_array(leaf)
+    return type(leaf).__name__ if array is None else f"{array.dtype} {array.shape}"

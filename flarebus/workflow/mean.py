@@ -124,19 +124,14 @@ class WeightedMean:
             raise UpdateRefused(f"{kind.value} in a round of {self.kind.value} results", site=site)
         if not self._has_template:
             self._learn_template(model.params, kind, site)
-        try:
-            checked = self._template.check(model.params, site)
-            staged = self._runs.stage(checked.arrays)
-            bad = self._runs.find_nonfinite(staged)
-            if bad is not None:
-                raise UpdateRefused("NaN or Inf", bad, site)
-            if not weight:
-                return
-            self._runs.fold(staged, weight)
-        except BaseException:
-            if not self._has_template:
-                self._use_template({})
-            raise
+        checked = self._template.check(model.params, site)
+        staged = self._runs.stage(checked.arrays)
+        bad = self._runs.find_nonfinite(staged)
+        if bad is not None:
+            raise UpdateRefused("NaN or Inf", bad, site)
+        if not weight:
+            return
+        self._runs.fold(staged, weight)
         self._count(checked, weight)
         self.kind = kind
         if not self._has_template:

@@ -29,16 +29,21 @@ class BestModelSelector:
 
     Args:
         key_metric: name of the metric; "" never finds anything better.
-        mode: "max" or "min"; None takes "min" for a name that speaks of a loss or an error, else "max".
+        mode: "max" or "min"; None takes the direction of `stop_cond` if that is about this metric, else "min" for a
+            name that speaks of a loss or an error, else "max".
+        stop_cond: the condition that ends the job, or None.
 
     Raises:
-        ConfigError: `mode` is something else.
+        ConfigError: `mode` is something else, or `stop_cond` is no condition.
     """
 
-    def __init__(self, key_metric: str, mode: str | None = None) -> None:
+    def __init__(self, key_metric: str, mode: str | None = None, stop_cond: str | None = None) -> None:
         if mode not in (None, "max", "min"):
             raise ConfigError("key_metric_mode", mode, "max, min or None")
         self.key_metric = key_metric
+        if mode is None and stop_cond is not None:
+            condition = Condition.parse(stop_cond)
+            mode = condition.mode if condition.key == key_metric else None
         self.mode = mode or ("min" if _is_loss(key_metric) else "max")
         self.best: float | None = None
 

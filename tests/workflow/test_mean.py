@@ -410,7 +410,7 @@ def test_silly_weights_are_refused(weight: Any) -> None:
 def test_weight_zero_is_accepted_and_does_not_count() -> None:
     """An update of weight 0 is checked and counted as a result, and changes nothing."""
     mean = WeightedMean({"w": np.zeros(1)})
-    mean.add(FLModel(params={"w": np.array([5.0])}, metrics={"loss": 9.0}), 0, "site-1")
+    mean.add(FLModel(params={"w": np.array([5.0])}, metrics={"loss": 9.0, "only": 1.0}), 0, "site-1")
     mean.add(FLModel(params={"w": np.array([1.0])}, metrics={"loss": 1.0}), np.int64(3), "site-2")
 
     with pytest.raises(UpdateRefused):

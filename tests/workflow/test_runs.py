@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from flarebus.errors import UpdateRefused
 from flarebus.model import FLModel
 from flarebus.workflow.mean import WeightedMean
 
@@ -126,6 +127,30 @@ def test_one_array_handed_in_again_is_not_written_over() -> None:
     assert result["w"].min() == result["w"].max() == 4.25
     assert base.min() == base.max() == 2
     assert same.min() == same.max() == 5
+
+
+def test_a_site_that_sends_the_model_itself_does_not_change_it() -> None:
+    """A result that is the very memory of the model is averaged and not written over."""
+    base = np.full(SIZE, 2.0, np.float32)
+    mean = WeightedMean({"w": base})
+    for array in (base, base + 1, base + 2, base + 3):
+        mean.add(FLModel(params={"w": array}), 1.0)
+
+    result = mean.apply_to({"w": base})
+
+    assert result["w"].min() == result["w"].max() == 3.5
+    assert base.min() == base.max() == 2
+
+
+def test_the_first_bad_array_is_named() -> None:
+    """When several arrays are bad the error names the first, whatever thread found it."""
+    like = {name: np.zeros(SIZE, np.float32) for name in "abcdef"}
+    bad = {name: np.full(SIZE, np.nan if name > "b" else 0, np.float32) for name in like}
+
+    with pytest.raises(UpdateRefused) as caught:
+        WeightedMean(like, threads=3).add(FLModel(params=bad), 1.0)
+
+    assert caught.value.key == "c"
 
 
 def test_arrays_in_any_layout() -> None:
