@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import zmq
 
@@ -33,15 +33,21 @@ Frames = Sequence[Buffer | zmq.Frame]
 class _ActivePull:
     """A pull and what waits for it."""
 
-    __slots__ = ("memory", "outcome", "pull", "target")
+    __slots__ = ("memory", "outcome", "pull", "target", "tells_done")
 
     def __init__(
-        self, pull: Pull, memory: Sequence[memoryview], outcome: Pending[Sequence[Buffer]], target: str
+        self,
+        pull: Pull,
+        memory: Sequence[memoryview],
+        outcome: Pending[Sequence[Buffer]],
+        target: str,
+        tells_done: bool,
     ) -> None:
         self.pull = pull
         self.memory = memory
         self.outcome = outcome
         self.target = target
+        self.tells_done = tells_done
 
 
 class Carrier:
@@ -62,6 +68,8 @@ class Carrier:
         self._offers = Offers(address)
         self._pulls: dict[bytes, _ActivePull] = {}
         self._pool = SlabPool()
+        self._closed: FlarebusError | None = None
+        self._patient_until = 0.0
 
     # -- from any thread --
 
@@ -78,17 +86,23 @@ class Carrier:
         self._loop.post(add)
         return Manifest(transfer, self._address, lengths)
 
-    def pull(self, manifest: Manifest, target: str, pool: SlabPool | None = None) -> Pending[Sequence[Buffer]]:
-        """Bring what `manifest` offers to `target` (this cell, or an alias of it) into slabs; see `Delivery.pull`."""
+    def pull(
+        self, manifest: Manifest, target: str, pool: SlabPool | None = None, tell_done: bool = True
+    ) -> Pending[Sequence[Buffer]]:
+        """Bring what `manifest` offers to `target` (this cell, or an alias of it) into slabs; see `Delivery.pull`.
+
+        Args:
+            tell_done: tell the holder when all of it is here; needless where an answer will.
+        """
         outcome: Pending[Sequence[Buffer]] = Pending()
         try:
             if manifest.nbytes > MAX_PULL_BYTES:
                 raise UsageError(f"{manifest.holder} offers {manifest.nbytes} bytes: at most {MAX_PULL_BYTES}")
             memory = (pool or self._pool).take(manifest.lengths)
+            active = _ActivePull(Pull(manifest, memory, self._loop.clock()), memory, outcome, target, tell_done)
+            self._loop.post(self._start, active)
         except (FlarebusError, OSError, MemoryError, ValueError) as error:
             outcome.fail(error)
-            return outcome
-        self._loop.post(self._start, manifest, memory, outcome, target)
         return outcome
 
     # -- on the loop's thread from here on --
@@ -122,25 +136,24 @@ class Carrier:
             receive_rest(socket, head.more)
             return
         active, first, slices, joined = place
-        more = head.more
         if joined:
-            self._fill(active, first, slices, receive_rest(socket, more))
-            return
-        for view in slices:
-            # Straight from the socket into the array that wants it. A frame of another length is the peer's lie.
-            if not more or socket.recv_into(view, flags=zmq.NOBLOCK) != view.nbytes:
-                receive_rest(socket, bool(more and socket.getsockopt(zmq.RCVMORE)))
-                self._end(active, SourceLost(active.pull.manifest.holder, "sent a chunk of a wrong length"))
-                return
-            more = bool(socket.getsockopt(zmq.RCVMORE))
-        receive_rest(socket, more)
-        self._arrived(active, first, sum(view.nbytes for view in slices))
+            self._fill(active, first, slices, receive_rest(socket, head.more))
+        elif _read_into(slices, socket, head.more):
+            self._arrived(active, first, sum(view.nbytes for view in slices))
+        else:
+            self._end(active, SourceLost(active.pull.manifest.holder, "sent a chunk of a wrong length"))
 
-    def resume(self) -> None:
-        """The connection is new: ask again for what was on its way."""
+    def resume(self, back: Collection[str] | None = None, patient_until: float = 0.0) -> None:
+        """A connection is new, this cell's or those of `back`: ask again for what was on its way.
+
+        Args:
+            patient_until: a holder that is not there may still come back until then.
+        """
         now = self._loop.clock()
+        self._patient_until = max(self._patient_until, patient_until)
         for active in list(self._pulls.values()):
-            self._ask(active, active.pull.resume(now))
+            if back is None or active.pull.manifest.holder in back:
+                self._ask(active, active.pull.resume(now))
 
     def lost(self, gone: set[str]) -> None:
         """Cells went away."""
@@ -150,9 +163,15 @@ class Carrier:
         self._offers.lost(gone)
 
     def fail(self, error: FlarebusError) -> None:
-        """Nothing more will come."""
+        """Nothing that is on its way will come."""
         for active in list(self._pulls.values()):
             self._end(active, error)
+
+    def close(self, error: FlarebusError) -> None:
+        """Nothing will ever come or go again."""
+        self._closed = error
+        self.fail(error)
+        self._offers = Offers(self._address)
 
     def tick(self, now: float) -> float | None:
         """Leases and stalled pulls."""
@@ -191,15 +210,13 @@ class Carrier:
                 return
             self.bytes_served += sum(len(frame) for frame in frames)
 
-    def _start(
-        self, manifest: Manifest, memory: Sequence[memoryview], outcome: Pending[Sequence[Buffer]], target: str
-    ) -> None:
-        if manifest.transfer in self._pulls:
-            outcome.fail(UsageError("this transfer is being pulled already"))
+    def _start(self, active: _ActivePull) -> None:
+        pull = active.pull
+        transfer = pull.manifest.transfer
+        if self._closed is not None or transfer in self._pulls:
+            active.outcome.fail(self._closed or UsageError("this transfer is being pulled already"))
             return
-        pull = Pull(manifest, memory, self._loop.clock())
-        active = _ActivePull(pull, memory, outcome, target)
-        self._pulls[manifest.transfer] = active
+        self._pulls[transfer] = active
         if pull.is_complete:
             self._finish(active)
             return
@@ -225,6 +242,8 @@ class Carrier:
         if active is None or active.pull.manifest.holder != source:
             return None
         if first == NOT_OFFERED:
+            if self._loop.clock() < self._patient_until:
+                return None  # asked for again when the holder is back, or when the pull has stalled
             self._end(active, SourceLost(source, "it is not offered, or not any more"))
             return None
         place = active.pull.place(first)
@@ -261,9 +280,23 @@ class Carrier:
         manifest = active.pull.manifest
         del self._pulls[manifest.transfer]
         with contextlib.suppress(LinkError):  # the holder's lease ends it then
-            self._send((manifest.holder.encode(), active.target.encode(), DONE, manifest.transfer))
+            if active.tells_done:
+                self._send((manifest.holder.encode(), active.target.encode(), DONE, manifest.transfer))
         active.outcome.set(active.memory)
 
     def _end(self, active: _ActivePull, error: FlarebusError) -> None:
         if self._pulls.pop(active.pull.manifest.transfer, None) is not None:
             active.outcome.fail(error)
+
+
+def _read_into(slices: Sequence[memoryview], socket: zmq.Socket[bytes], more: bool) -> bool:
+    """Receive the rest of a message straight into the memory that wants it; whether each frame fitted its slice."""
+    for view in slices:
+        if not more:
+            return False
+        nbytes = socket.recv_into(view, flags=zmq.NOBLOCK)
+        more = bool(socket.getsockopt(zmq.RCVMORE))
+        if nbytes != view.nbytes:
+            receive_rest(socket, more)
+            return False
+    return not receive_rest(socket, more)

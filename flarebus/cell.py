@@ -8,6 +8,7 @@ slow one holds up nobody else. `cell.py` is the shell: what to ask for, whom to 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +33,7 @@ from flarebus.errors import (
     UsageError,
 )
 from flarebus.failure import decode_failure, encode_failure
+from flarebus.link import SILENCE_S
 from flarebus.loop import Loop
 from flarebus.message import Buffer, Bundle, Kind, Manifest, Message
 from flarebus.pending import Pending
@@ -51,9 +53,6 @@ from flarebus.wire import (
 __all__ = ["Cell", "CellStatistics", "Payload"]
 
 log = logging.getLogger(__name__)
-
-# More than any model; a header that claims more is a mistake or an attack.
-MAX_PULL_BYTES = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -116,19 +115,39 @@ class Cell:
         self._lost_watchers: list[Callable[[LinkError], None]] = []
         self._up: Pending[None] = Pending()
         self._closed = False
+        # After a reconnection: requests below this number wait until then for targets that are not there.
+        self._patient_before = 0
+        self._patient_until = 0.0
+        self._missing: set[str] = set()
+        self._silence_s = SILENCE_S
         self._sent = self._received = 0
 
     @classmethod
-    def dial(cls, address: str, endpoint: str, keys: DialKeys | None = None, aliases: Iterable[str] = ()) -> Cell:
-        """A cell with a thread and a connection of its own, up to the router at `endpoint`."""
-        cell = cls(address, Loop(f"flarebus bus {address}"), aliases)
-        cell._owns_loop = True
+    def dial(
+        cls,
+        address: str,
+        endpoint: str,
+        keys: DialKeys | None = None,
+        aliases: Iterable[str] = (),
+        *,
+        silence_s: float = SILENCE_S,
+    ) -> Cell:
+        """A cell with a thread and a connection of its own, up to the router at `endpoint`.
 
-        def connect() -> None:
-            cell._loop.add_actor(cell)
-            cell._dial = Dial(cell._loop, endpoint, keys, cell)
+        Args:
+            silence_s: the router is lost after this long without a sign of life; the same as the router's own.
 
-        cell._loop.run(connect)
+        Raises:
+            ConfigError: a name is no address, or the endpoint none that may be dialled so.
+        """
+        loop = Loop(f"flarebus bus {address}")
+        try:
+            cell = cls(address, loop, aliases)
+            cell._owns_loop = True
+            loop.run(cell._connect, endpoint, keys, silence_s)
+        except BaseException:
+            loop.stop()
+            raise
         return cell
 
     @classmethod
@@ -174,7 +193,8 @@ class Cell:
             timeout: seconds until `DeadlineExceeded`; None leaves it to the target's life and to the link.
 
         Raises:
-            EncodeError: `value` may not travel. All other errors come through the pending delivery.
+            EncodeError: `value` may not travel.
+            Closed: this cell was closed before. All other errors come through the pending delivery.
         """
         pending: Pending[Delivery] = Pending()
         number = self._requests.new_id()
@@ -187,7 +207,12 @@ class Cell:
         return pending
 
     def notify(self, target: str, channel: str, topic: str, value: Any = None) -> None:
-        """Tell `target` something; no answer, no promise that it arrives."""
+        """Tell `target` something; no answer, no promise that it arrives.
+
+        Raises:
+            EncodeError: `value` may not travel.
+            Closed: this cell was closed before.
+        """
         message = self._message(target, Kind.EVENT, self._requests.new_id(), channel, topic, value, None, None)
         self._loop.post(self._send_quietly, encode_message(message))
 
@@ -204,10 +229,12 @@ class Cell:
         if payload.manifest is not None:
             self._loop.post(self._carrier.admit, payload.manifest.transfer, receiver)
 
-    def withdraw(self, payload: Payload) -> None:
-        """End a shared payload: nobody pulls from it any more when this returns."""
+    def withdraw(self, payload: Payload, wait: bool = True) -> None:
+        """End a shared payload: nobody pulls from it any more when this returns, or soon after unless `wait`."""
         if payload.manifest is not None:
-            self._loop.run(self._carrier.withdraw, payload.manifest.transfer)
+            with contextlib.suppress(Closed):  # with the cell ended all it offered
+                end = self._loop.run if wait else self._loop.post
+                end(self._carrier.withdraw, payload.manifest.transfer)
 
     def on(self, channel: str, topic: str, handler: Handler) -> None:
         """Handle messages of `topic` on the channel's own thread; what `handler` returns is the reply."""
@@ -228,20 +255,22 @@ class Cell:
         """Call `watcher(error)` when the router is gone for good; on the bus thread, so it must not block."""
         self._lost_watchers.append(watcher)
 
-    def pull(self, manifest: Manifest, target: str, pool: SlabPool | None = None) -> Pending[Sequence[Buffer]]:
-        """Bring what `manifest` offers to `target` (this cell, or an alias of it) into slabs; see `Delivery.pull`."""
-        return self._carrier.pull(manifest, target, pool)
+    def pull(
+        self, manifest: Manifest, target: str, pool: SlabPool | None = None, tell_done: bool = True
+    ) -> Pending[Sequence[Buffer]]:
+        """Bring what `manifest` offers to `target` (this cell, or an alias of it) into slabs; see `Carrier.pull`."""
+        return self._carrier.pull(manifest, target, pool, tell_done)
 
     def reply(self, message: Message, value: Any) -> None:
         """Answer `message`; see `Delivery.reply`."""
         if message.kind is not Kind.REQUEST:
             return
         try:
-            answer = self._answer(message, value)
+            frames = encode_message(self._answer(message, value))
         except FlarebusError as error:
             self.reply_failure(message, error)
             return
-        self._post_quietly(self._send_answer, message, encode_message(answer))
+        self._post_quietly(self._send_answer, message, frames)
 
     def reply_failure(self, message: Message, error: BaseException) -> None:
         """Answer `message` with an error; see `Delivery.fail`."""
@@ -259,15 +288,8 @@ class Cell:
 
     def close(self) -> None:
         """Say goodbye and fail whatever still waits. Idempotent; never hangs on a peer."""
-        if self._closed:
-            return
-        self._closed = True
-        for lane in self._lanes.values():
-            lane.close()
-        try:
-            self._loop.run(self._close)
-        except Closed:  # the loop was stopped first
-            return
+        with contextlib.suppress(Closed, UsageError):  # the loop has ended, and the cell with it; or we are a fork
+            self._loop.run(self.end)
         if self._owns_loop:
             self._loop.stop()
 
@@ -282,6 +304,8 @@ class Cell:
         payload: Payload | None,
         timeout: float | None,
     ) -> Message:
+        if self._closed:
+            raise Closed(f"{self.address} was closed")
         if payload is None:
             body, carried, manifest = self._encode(value, (target,), None if kind is Kind.REQUEST else LEASE_S)
         else:
@@ -354,9 +378,14 @@ class Cell:
     def link_up(self) -> None:
         """The router knows us: ask again for whatever a lost connection may have swallowed."""
         if self._up.is_done:
+            # The router may be a new one, and whom we ask on the way back to it as well.
+            self._missing.clear()
+            self._patient_until = self._loop.clock() + self._silence_s
+            self._patient_before = self._requests.new_id()
+            self._loop.wake_by(self._patient_until)
             for waiting in self._requests.waiting():
                 self._send_quietly(waiting.frames)
-            self._carrier.resume()
+            self._carrier.resume(patient_until=self._patient_until)
         self._up.set(None)
 
     def link_lost(self, error: LinkError) -> None:
@@ -374,18 +403,57 @@ class Cell:
         for watcher in self._gone_watchers:
             watcher(names)
         gone = set(names)
+        self._missing -= gone
         for waiting in self._requests.lost(gone):
             waiting.token.fail(NoRoute(waiting.target, "gone"))
         self._carrier.lost(gone)
+
+    def peers_back(self, names: Sequence[str]) -> None:
+        """Cells have a new connection: ask again for whatever the old one may have swallowed."""
+        back = set(names)
+        self._missing -= back
+        for waiting in self._requests.waiting():
+            if waiting.target in back:
+                self._send_quietly(waiting.frames)
+        self._carrier.resume(back)
 
     def tick(self, now: float) -> float | None:
         """Deadlines, leases and stalled pulls."""
         for waiting in self._requests.tick(now):
             waiting.token.fail(DeadlineExceeded(f"{waiting.target} did not answer in time"))
-        due = (self._requests.next_event(), self._carrier.tick(now))
+        if self._missing and now >= self._patient_until:
+            missing, self._missing = self._missing, set()
+            for waiting in self._requests.lost(missing):
+                waiting.token.fail(NoRoute(waiting.target))
+        due = (self._requests.next_event(), self._carrier.tick(now), self._patient_until if self._missing else None)
         return min((when for when in due if when is not None), default=None)
 
+    def end(self) -> None:
+        """Say goodbye, and fail whatever waits; see `close`."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_actor(self)
+        for lane in list(self._lanes.values()):
+            lane.close()
+        if self._dial is not None:
+            self._dial.close()
+        if self._router is not None:
+            self._router.detach(self)
+        error = Closed(f"{self.address} was closed")
+        self._up.fail(error)
+        for waiting in self._requests.lost({waiting.target for waiting in self._requests.waiting()}):
+            waiting.token.fail(error)
+        self._carrier.close(error)
+
+    def _connect(self, endpoint: str, keys: DialKeys | None, silence_s: float) -> None:
+        self._silence_s = silence_s
+        self._loop.add_actor(self)
+        self._dial = Dial(self._loop, endpoint, keys, self, silence_s)
+
     def _send(self, frames: Sequence[Buffer | zmq.Frame]) -> None:
+        if self._closed:
+            raise Closed(f"{self.address} was closed")
         self._sent += 1
         if self._router is not None:
             self._router.send_local(self, frames)
@@ -435,11 +503,15 @@ class Cell:
         put(handler, delivery)
 
     def _handle_answer(self, message: Message) -> None:
+        error = decode_failure(message.body, message.source) if message.kind is Kind.ERROR else None
+        if error is not None and self._is_awaited(message.answers, error):
+            self._missing.add(message.source)
+            return
         pending = self._requests.answer(message.answers, message.source)
         if pending is None:
             return
-        if message.kind is Kind.ERROR:
-            pending.fail(decode_failure(message.body, message.source))
+        if error is not None:
+            pending.fail(error)
             return
         delivery = Delivery(self, message)
 
@@ -448,6 +520,12 @@ class Cell:
             pending.set(delivery) if error is None else pending.fail(error)
 
         delivery.pull().on_done(pulled)
+
+    def _is_awaited(self, number: int, error: FlarebusError) -> bool:
+        """Whether `error` only says that whom we asked before the connection was lost is not back yet."""
+        if number >= self._patient_before or self._loop.clock() >= self._patient_until:
+            return False
+        return isinstance(error, NoRoute) and error.reason == NoRoute(error.target).reason
 
     def _send_answer(self, message: Message, frames: Sequence[Buffer]) -> None:
         self._answered.answered(message.source, message.id, frames)
@@ -464,17 +542,6 @@ class Cell:
             pulls_running=self._carrier.pulls_running,
             queued={channel: len(lane) for channel, lane in self._lanes.items()},
         )
-
-    def _close(self) -> None:
-        self._loop.remove_actor(self)
-        if self._dial is not None:
-            self._dial.close()
-        if self._router is not None:
-            self._router.detach(self)
-        error = Closed(f"{self.address} was closed")
-        for waiting in self._requests.lost({waiting.target for waiting in self._requests.waiting()}):
-            waiting.token.fail(error)
-        self._carrier.fail(error)
 
 
 def _no_handler(_: Delivery) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flarebus.codec import decode
-from flarebus.message import Buffer, Message
+from flarebus.message import Buffer, Kind, Message
 from flarebus.pending import Pending
 from flarebus.slab import SlabPool, unbundle
 
@@ -52,7 +52,9 @@ class Delivery:
         """
         if self._buffers is None:
             if self.message.manifest is not None:
-                self._buffers = self._cell.pull(self.message.manifest, self.message.target, pool)
+                # The answer to a request tells its sender what DONE would.
+                tell_done = self.message.kind is not Kind.REQUEST
+                self._buffers = self._cell.pull(self.message.manifest, self.message.target, pool, tell_done)
             else:
                 self._buffers = Pending()
                 self._buffers.set(() if self.message.bundle is None else unbundle(self.message.bundle))
@@ -113,7 +115,7 @@ class Lane:
                 # Pulled before it is handled, so that a big message keeps its place among small ones.
                 delivery.pull().result()
                 delivery.reply(handler(delivery))
-            except Exception as error:  # the asker gets it, whatever a handler raises
+            except BaseException as error:  # the asker gets it, whatever a handler raises, and the thread goes on
                 log.debug("%s/%s: handler failed", delivery.message.channel, delivery.message.topic, exc_info=True)
                 delivery.fail(error)
             # Arrays in it may be large; the next message can be hours away.

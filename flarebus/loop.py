@@ -6,9 +6,14 @@ wakes the thread through a file descriptor, and only when it sleeps: nothing pol
 
 from __future__ import annotations
 
+import atexit
+import ctypes
+import functools
 import logging
 import os
+import selectors
 import socket as sockets
+import sys
 import threading
 import time
 import weakref
@@ -19,6 +24,7 @@ from typing import Any, Protocol
 import zmq
 
 from flarebus.errors import Closed, UsageError
+from flarebus.pending import Pending
 
 __all__ = ["Actor", "Loop"]
 
@@ -26,15 +32,25 @@ log = logging.getLogger(__name__)
 
 # Nobody asked to be woken sooner: look after heartbeats this often.
 IDLE_S = 1.0
+# A tick that is later than this: the whole process was held up, and what others said meanwhile is still unread.
+HELD_UP_S = 2.0
 # How long a goodbye may take to leave before the sockets are closed over it.
 GOODBYE_MS = 200
+# Freed memory that each process keeps at most; a few windows of chunks.
+KEPT_BYTES = 64 * 1024 * 1024
+# As plain numbers: they are used for every message, and enums are slow.
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 class Actor(Protocol):
-    """What lives on a loop: it is told the time."""
+    """What lives on a loop: it is told the time, and the end."""
 
     def tick(self, now: float) -> float | None:
         """Do what is due; return when to be called next, in monotonic seconds, or None."""
+
+    def end(self) -> None:
+        """The loop ends now, and nothing is read or sent after this: release what waits."""
 
 
 class Loop:
@@ -47,17 +63,19 @@ class Loop:
 
     def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
+        _keep_freed_memory()
         self.context = zmq.Context()
         self._posted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
-        self._poller = zmq.Poller()
+        self._selector = selectors.DefaultSelector()
         self._readers: dict[Any, Callable[[], None]] = {}
         self._actors: list[Actor] = []
-        self._wake_at = 0.0
+        self._wake_at = clock()
+        self._was_held_up = False
         self._asleep = False
         self._stopping = False
         self._forked = False
         self._waker = _Waker()
-        self._poller.register(self._waker.fileno(), zmq.POLLIN)
+        self._selector.register(self._waker.fileno(), selectors.EVENT_READ)
         _LOOPS.add(self)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -69,11 +87,13 @@ class Loop:
             Closed: the loop has stopped.
             UsageError: this process was forked from the one that made the loop.
         """
-        if self._stopping:
-            raise Closed("this end is closed")
         if self._forked:
             raise UsageError("cells do not survive a fork; make a new one in the child, or use the spawn method")
-        self._posted.append((call, args))
+        if not self._stopping:
+            self._posted.append((call, args))
+        # Looked at again: what was posted before it was set is still run, later posts may have come too late.
+        if self._stopping:
+            raise Closed("this end is closed")
         if self._asleep:
             self._asleep = False
             self._waker.wake()
@@ -84,8 +104,6 @@ class Loop:
 
     def run(self, call: Callable[..., Any], *args: Any) -> Any:
         """Run `call(*args)` on the loop's thread and return what it returns, or raise what it raises."""
-        from flarebus.pending import Pending  # only this call needs it
-
         if self.is_current():
             return call(*args)
         outcome: Pending[Any] = Pending()
@@ -102,7 +120,7 @@ class Loop:
     def add_actor(self, actor: Actor) -> None:
         """Tick `actor` from now on. On the loop's thread."""
         self._actors.append(actor)
-        self._wake_at = 0.0
+        self.wake_by(self.clock())
 
     def remove_actor(self, actor: Actor) -> None:
         """Stop ticking `actor`. On the loop's thread."""
@@ -112,12 +130,13 @@ class Loop:
     def add_reader(self, socket: zmq.Socket[bytes], read: Callable[[], None]) -> None:
         """Call `read` whenever `socket` has something. On the loop's thread."""
         self._readers[socket] = read
-        self._poller.register(socket, zmq.POLLIN)
+        self._selector.register(_descriptor(socket), selectors.EVENT_READ)
 
-    def remove_reader(self, socket: zmq.Socket[bytes]) -> None:
-        """Stop reading `socket`. On the loop's thread."""
+    def close_socket(self, socket: zmq.Socket[bytes]) -> None:
+        """Stop reading `socket` and close it; what was said last still has a moment to leave. On the loop's thread."""
         if self._readers.pop(socket, None) is not None:
-            self._poller.unregister(socket)
+            self._selector.unregister(_descriptor(socket))
+        socket.close(linger=GOODBYE_MS)
 
     def wake_by(self, when: float | None) -> None:
         """Tick no later than `when`. On the loop's thread."""
@@ -137,32 +156,45 @@ class Loop:
         try:
             while not self._stopping:
                 self._step()
-            self._drain()
         finally:
             self._stopping = True
-            # Goodbyes get their chance; term() then waits no longer than that.
-            for socket in list(self._readers):
-                socket.close(linger=GOODBYE_MS)
-            self._readers.clear()
-            self.context.destroy(linger=GOODBYE_MS)
-            self._waker.close()
+            self._end()
+
+    def _end(self) -> None:
+        while self._posted:
+            self._drain()
+        for actor in list(self._actors):
+            _guarded(actor.end)
+        for socket in list(self._readers):
+            self.close_socket(socket)
+        # No longer than goodbyes may take, whoever does not read them.
+        self.context.destroy(linger=GOODBYE_MS)
+        self._selector.close()
+        self._waker.close()
 
     def _step(self) -> None:
+        """Sleep until there is something to do, and do it.
+
+        A ZeroMQ socket's descriptor says that its events may have changed, once, and any use of the socket takes that
+        back: so events are looked at last thing before sleeping. (`zmq.Poller` does that too, with twice the calls.)
+        """
+        self._asleep = True
+        # Posted between the last drain and the line above, or from now on: either way somebody sees it.
+        if not self._posted and not self._ready():
+            for key, _ in self._selector.select(max(0.0, self._wake_at - self.clock())):
+                if key.fd == self._waker.fileno():
+                    self._waker.clear()
+        self._asleep = False
+        for read in self._ready():
+            _guarded(read)
+        self._drain()
         now = self.clock()
         if now >= self._wake_at:
             self._tick(now)
-        self._asleep = True
-        # Posted between the last drain and the line above, or from now on: either way somebody sees it.
-        timeout_ms = 0 if self._posted else max(0, int((self._wake_at - now) * 1000) + 1)
-        ready = self._poller.poll(timeout_ms)
-        self._asleep = False
-        for source, _ in ready:
-            read = self._readers.get(source)
-            if read is None:
-                self._waker.clear()
-            else:
-                _guarded(read)
-        self._drain()
+
+    def _ready(self) -> list[Callable[[], None]]:
+        """How to read the sockets that have something, in the order in which they were added."""
+        return [read for socket, read in self._readers.items() if socket.getsockopt(_EVENTS) & _POLLIN]
 
     def _drain(self) -> None:
         posted = self._posted
@@ -172,7 +204,11 @@ class Loop:
             _guarded(call, *args)
 
     def _tick(self, now: float) -> None:
+        # Nobody must be held to be silent for what we have not read: read first, and judge the next time.
+        self._was_held_up = now - self._wake_at > HELD_UP_S and not self._was_held_up
         self._wake_at = now + IDLE_S
+        if self._was_held_up:
+            return
         for actor in list(self._actors):
             try:
                 self.wake_by(actor.tick(now))
@@ -181,6 +217,10 @@ class Loop:
 
     def _after_fork(self) -> None:
         self._forked = True
+
+
+def _descriptor(socket: zmq.Socket[bytes]) -> int:
+    return int(socket.getsockopt(zmq.FD))
 
 
 def _guarded(call: Callable[..., None], *args: Any) -> None:
@@ -203,15 +243,21 @@ class _Waker:
             for end in self._pair:
                 end.setblocking(False)
             self._read, self._write = self._pair[0].fileno(), self._pair[1].fileno()
+        self._lock = threading.Lock()
+        self._closed = False
 
     def fileno(self) -> int:
         return self._read
 
     def wake(self) -> None:
-        try:
-            os.write(self._write, b"\x01\0\0\0\0\0\0\0")
-        except (BlockingIOError, OSError):  # full: it is readable already; closed: nobody listens any more
-            return
+        # A closed descriptor may be somebody's file by now.
+        with self._lock:
+            if self._closed:
+                return
+            try:
+                os.write(self._write, b"\x01\0\0\0\0\0\0\0")
+            except BlockingIOError:  # full: it is readable already
+                return
 
     def clear(self) -> None:
         try:
@@ -220,11 +266,23 @@ class _Waker:
             return
 
     def close(self) -> None:
+        with self._lock:
+            self._closed = True
         if self._pair is None:
             os.close(self._read)
         else:
             for end in self._pair:
                 end.close()
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Let glibc keep what the frames of a round free for the next round: giving it back and touching it anew costs more
+    than receiving into it. Elsewhere allocators do that by themselves."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and sys.platform == "linux":
+        mallopt(_M_MMAP_THRESHOLD, KEPT_BYTES // 2)
+        mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 _LOOPS: weakref.WeakSet[Loop] = weakref.WeakSet()
@@ -238,3 +296,12 @@ def _poison_after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_poison_after_fork)
+
+
+def _stop_all() -> None:
+    """Say goodbye and remove socket files, also for those who leave without closing anything."""
+    for loop in list(_LOOPS):
+        loop.stop()
+
+
+atexit.register(_stop_all)

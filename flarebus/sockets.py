@@ -5,6 +5,7 @@ Every option answers to something that was seen to go wrong without it; `docs/pr
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import ipaddress
 import os
@@ -12,7 +13,7 @@ import secrets
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import zmq
 
@@ -26,16 +27,23 @@ __all__ = [
     "Head",
     "IpcGuard",
     "check_bind",
+    "check_dial",
     "dealer",
     "frame_bytes",
+    "has_message",
     "receive_head",
     "receive_rest",
     "router",
     "send_frames",
 ]
 
-# Smaller frames are quicker to copy than to account for (the threshold of pyzmq itself).
-COPY_BELOW_BYTES = 64 * 1024
+# A frame sent without a copy costs its sender a message to the collector thread of pyzmq when it is freed, which wakes
+# that thread; up to here the copy is cheaper.
+COPY_BELOW_BYTES = 256 * 1024
+# As numbers: `|` of the enum's members costs more than the send.
+_LAST = int(zmq.NOBLOCK)
+_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+_READABLE = int(zmq.POLLIN)
 # Whole messages in a socket's queue on each side; bulk data is bounded by the receivers' windows long before.
 HIGH_WATER_MARK = 4096
 # As plain numbers: joining flags is an enum's business otherwise, for every frame.
@@ -92,22 +100,44 @@ def check_bind(endpoint: str, keys: ListenKeys | None) -> None:
     Raises:
         ConfigError: the endpoint is not one of ours, or is beyond loopback and there are no keys.
     """
-    scheme, found, rest = endpoint.partition("://")
-    if not found or scheme not in ("tcp", "ipc", "inproc"):
-        raise ConfigError("bind", endpoint, "an endpoint such as tcp://127.0.0.1:8002 or ipc:///run/me/bus")
-    if scheme == "ipc" and len(rest.encode()) > zmq.IPC_PATH_MAX_LEN:
-        raise ConfigError(
-            "bind", endpoint, f"a socket's path may have {zmq.IPC_PATH_MAX_LEN} bytes; use a shorter folder"
-        )
-    if scheme != "tcp" or keys is not None:
-        return
-    host = rest.rpartition(":")[0].strip("[]")
+    _check("bind", endpoint, keys is not None, any_port=True)
+
+
+def check_dial(endpoint: str, keys: DialKeys | None) -> None:
+    """Refuse to talk to strangers without keys.
+
+    Raises:
+        ConfigError: the endpoint is not one of ours, or is beyond loopback and there are no keys.
+    """
+    _check("endpoint", endpoint, keys is not None, any_port=False)
+
+
+def _check(parameter: str, endpoint: str, has_keys: bool, *, any_port: bool) -> None:
+    scheme, _, rest = endpoint.partition("://")
+    host, colon, port = rest.rpartition(":")
+    if scheme == "ipc":
+        # Names without a file (`@`) are open to every user of the machine; relative ones mean something else elsewhere.
+        if not rest.startswith("/"):
+            raise ConfigError(parameter, endpoint, "an absolute path, such as ipc:///run/me/bus")
+        if len(rest.encode()) > zmq.IPC_PATH_MAX_LEN:
+            limit = f"a socket's path may have {zmq.IPC_PATH_MAX_LEN} bytes; use a shorter folder"
+            raise ConfigError(parameter, endpoint, limit)
+    elif scheme != "tcp" or not colon or not _is_port(port, any_port):
+        raise ConfigError(parameter, endpoint, "an endpoint such as tcp://127.0.0.1:8002 or ipc:///run/me/bus")
+    elif not has_keys and not _is_loopback(host):
+        raise ConfigError(parameter, endpoint, "beyond loopback only with keys; give them, or use tcp://127.0.0.1:PORT")
+
+
+def _is_port(text: str, any_port: bool) -> bool:
+    # ZeroMQ would take any number, modulo 65536.
+    return (any_port and text == "*") or (text.isascii() and text.isdigit() and 0 < int(text) < 65536)
+
+
+def _is_loopback(host: str) -> bool:
     try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
-        loopback = False
-    if not loopback:
-        raise ConfigError("bind", endpoint, "beyond loopback only with keys; give them, or bind tcp://127.0.0.1:PORT")
+        return False
 
 
 class IpcGuard:
@@ -115,31 +145,46 @@ class IpcGuard:
 
     Raises:
         UsageError: a live process listens there.
-        ConfigError: the folder is missing, or belongs to somebody else.
+        ConfigError: the folder is missing, or belongs to somebody else, or a file that is no socket is in the way.
     """
 
     def __init__(self, endpoint: str) -> None:
         self.path = Path(endpoint.removeprefix("ipc://"))
-        folder = self.path.parent
+        self._lock_path = self.path.with_name(self.path.name + ".lock")
         try:
-            found = folder.stat()
+            folder = self.path.parent.stat()
+            if folder.st_uid != os.geteuid() and stat.S_IMODE(folder.st_mode) & 0o022:
+                raise ConfigError("bind", endpoint, "its folder belongs to somebody else")
+            # ZeroMQ removes whatever has the name it binds to.
+            if self.path.exists() and not self.path.is_socket():
+                raise ConfigError("bind", endpoint, "a file is in its place")
+            self._handle = self._lock(endpoint)
         except OSError as error:
-            raise ConfigError("bind", endpoint, f"its folder: {error.strerror}") from error
-        if found.st_uid != os.geteuid() and stat.S_IMODE(found.st_mode) & 0o022:
-            raise ConfigError("bind", endpoint, "its folder belongs to somebody else")
-        self._lock_path = folder / (self.path.name + ".lock")
-        self._handle = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._handle)
-            raise UsageError(f"{endpoint}: another live process listens here") from None
+            raise ConfigError("bind", endpoint, f"{error.filename}: {error.strerror}") from error
+
+    def restrict(self) -> None:
+        """Let nobody but this user connect. Call it when the socket is bound."""
+        self.path.chmod(0o600)
 
     def release(self) -> None:
         """Remove the socket file and the lock."""
         for path in (self.path, self._lock_path):
             path.unlink(missing_ok=True)
         os.close(self._handle)
+
+    def _lock(self, endpoint: str) -> int:
+        while True:
+            handle = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(handle)
+                raise UsageError(f"{endpoint}: another live process listens here") from None
+            # Whoever held it may have removed the file between our two calls; the lock would then protect nothing.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), self._lock_path.stat()):
+                    return handle
+            os.close(handle)
 
 
 def frame_bytes(frame: Buffer | zmq.Frame) -> bytes:
@@ -172,15 +217,19 @@ class Head(NamedTuple):
     last: zmq.Frame
 
 
-def receive_head(socket: zmq.Socket[bytes], first: zmq.Frame) -> Head | None:
-    """Read up to the body of the message that begins with `first`; None (and all of it read) if it ends before.
+def has_message(socket: zmq.Socket[bytes]) -> bool:
+    """Whether something can be received; cheaper than to try and fail."""
+    return cast(int, socket.getsockopt(zmq.EVENTS)) & _READABLE != 0
+
+
+def receive_head(socket: zmq.Socket[bytes]) -> Head | None:
+    """Read the next message up to its body; None (and all of it read) if it ends before.
 
     What follows stays on the socket, so that a chunk can be received straight into the array that wants it.
     """
-    frames = [first]
-    while first.more and len(frames) < 4:
-        first = socket.recv(zmq.NOBLOCK, copy=False)
-        frames.append(first)
+    frames = [socket.recv(_LAST, copy=False)]
+    while frames[-1].more and len(frames) < 4:
+        frames.append(socket.recv(_LAST, copy=False))
     if len(frames) < 4:
         return None
     target, source, header, body = frames
@@ -191,7 +240,7 @@ def receive_rest(socket: zmq.Socket[bytes], more: bool) -> list[zmq.Frame]:
     """All frames that are left of the current message."""
     frames = []
     while more:
-        frame = socket.recv(zmq.NOBLOCK, copy=False)
+        frame = socket.recv(_LAST, copy=False)
         frames.append(frame)
         more = frame.more
     return frames

@@ -37,10 +37,11 @@ class Round:
 def read_rounds(run_dir: Path) -> list[Round]:
     """The committed rounds of a run, in order; none when it did not get that far."""
     try:
-        lines = (run_dir / "server" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
+        text = (run_dir / "server" / "metrics.jsonl").read_text(encoding="utf-8")
+    except OSError:
         return []
-    rows = [json.loads(line) for line in lines if line.strip()]
+    # What stands after the last end of a line is being written, by a job that still runs.
+    rows = [json.loads(line) for line in text.split("\n")[:-1] if line.strip()]
     return [
         Round(row["round"], row["metrics"], row.get("sites", {}), row.get("refused", {}), row.get("seconds", math.nan))
         for row in rows

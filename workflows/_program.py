@@ -8,6 +8,7 @@ stopped with Ctrl-C.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flarebus.errors import ConfigError, FlarebusError, JobAborted, JobFailed, UsageError
-from flarebus.workflow.condition import Condition
+from flarebus.workflow.selection import BestModelSelector
 from workflows._options import Options, SectionedCommand, option_of, with_options
 
 if TYPE_CHECKING:
@@ -81,10 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 )
 @with_options
 def _command(options: Options) -> int:
-    from rich.console import Console
+    from workflows._progress import Terminal
 
     # With --json, standard output belongs to the program that reads it.
-    console = Console(stderr=options.json, highlight=False)
+    console = Terminal(stderr=options.json, highlight=False)
     begin = time.monotonic()
     ending = _run(options, console)
     if ending.code != _OK:
@@ -93,17 +94,26 @@ def _command(options: Options) -> int:
             click.echo(f"logs: {ending.run_dir}/server/log.txt, and log.txt of each site beside it", err=True)
     if options.json:
         click.echo(json.dumps(ending.to_json() | {"total_s": round(time.monotonic() - begin, 3)}))
+    if ending.at_once:
+        # The job's thread would be waited for, whatever it does. What it has committed is safe from any kind of end.
+        sys.stdout.flush()
+        os._exit(ending.code)
     return ending.code
+
+
+class _InterruptedTwice(KeyboardInterrupt):
+    """The job was told to end, but nobody waits until it has."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Ending:
-    """How it went: exit code, the reason unless all went well, and what there is to show."""
+    """How it went: exit code, the reason unless all went well, what there is to show, whether to leave at once."""
 
     code: int
     reason: str = ""
     run_dir: Path | None = None
     outcome: Outcome | None = None
+    at_once: bool = False
 
     def to_json(self) -> dict[str, Any]:
         state = {_OK: "completed", _STOPPED: "aborted"}.get(self.code, "failed")
@@ -132,7 +142,8 @@ def _run(options: Options, console: Console) -> _Ending:
     except (UsageError, NotImplementedError) as error:
         return _Ending(_USAGE, str(error))
     except (JobAborted, KeyboardInterrupt) as error:
-        return _Ending(_STOPPED, str(error) or "Ctrl-C", watcher.run_dir, _outcome(watcher, None, options))
+        outcome, at_once = _outcome(watcher, None, options), isinstance(error, _InterruptedTwice)
+        return _Ending(_STOPPED, str(error) or "Ctrl-C", watcher.run_dir, outcome, at_once)
     except (FlarebusError, OSError, RuntimeError) as error:
         reason = error.reason if isinstance(error, JobFailed) else str(error)
         return _Ending(_FAILED, reason, watcher.run_dir, _outcome(watcher, None, options))
@@ -149,8 +160,14 @@ def _train(planned: Plan, options: Options, watcher: Watcher) -> None:
     from flarebus.recipe import FedAvgRecipe
 
     recipe = FedAvgRecipe(**planned.arguments)
-    with watcher:
-        recipe.execute(_environment(options, watcher))
+    environment = _environment(options, watcher)
+    try:
+        with watcher:
+            recipe.execute(environment)
+    except KeyboardInterrupt as error:
+        if environment.kill():
+            raise _InterruptedTwice from error
+        raise
 
 
 def _environment(options: Options, watcher: Watcher) -> SimEnv:
@@ -180,19 +197,10 @@ def _outcome(watcher: Watcher, planned: Plan | None, options: Options) -> Outcom
         run_dir=watcher.run_dir,
         rounds=read_rounds(watcher.run_dir),
         key_metric=options.key_metric,
-        mode=_mode(options),
+        mode=BestModelSelector(options.key_metric, options.key_metric_mode, options.stop_cond).mode,
         site_metric=options.key_metric if planned is None else planned.site_metric,
         measured=measured,
     )
-
-
-def _mode(options: Options) -> str:
-    """Which way the key metric gets better, by the rule of the recipe."""
-    if options.key_metric_mode is None and options.stop_cond is not None:
-        condition = Condition.parse(options.stop_cond)
-        if condition.key == options.key_metric:
-            return condition.mode or "max"
-    return options.key_metric_mode or "max"
 
 
 def _report(outcome: Outcome, console: Console) -> None:

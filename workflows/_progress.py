@@ -5,6 +5,7 @@ It is told what happens (`on_event`) and asks nothing. It remembers where the ru
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -14,10 +15,25 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-__all__ = ["Watcher"]
+__all__ = ["Terminal", "Watcher"]
 
 # A round with hundreds of lost sites must not scroll everything else away.
 _MAX_COMPLAINTS = 5
+
+
+class Terminal(Console):
+    """Where the program prints. If nobody reads that any more, the job fails with this reason."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise an error, where rich would end the thread that prints: here that of the job.
+
+        Raises:
+            BrokenPipeError: always.
+        """
+        try:
+            super().on_broken_pipe()  # leads what is still to be written to nowhere
+        except SystemExit:
+            raise BrokenPipeError(errno.EPIPE, "nobody reads the output any more") from None
 
 
 class Watcher:

@@ -28,7 +28,7 @@ def show(outcome: Outcome, console: Console, plot: Path | None) -> None:
     if best:
         _line(console, "best", best)
     for path in model_files(outcome.run_dir):
-        _line(console, "model", str(path))
+        _line(console, "best model" if path.name.startswith("best_") else "model", str(path))
     _line(console, "metrics", str(outcome.run_dir / "server" / "metrics.jsonl"))
     if plot is not None:
         _line(console, "plot", str(plot))

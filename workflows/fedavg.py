@@ -11,6 +11,8 @@ model is the mean of the answers, each weighted with its n_k:
 
 from __future__ import annotations
 
+import math
+import numbers
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -43,7 +45,7 @@ class FedAvg(Controller):
         aggregation_weights: site -> factor on its number of examples; 1 for those not named.
         aggregator: combines the results instead of the mean; see `ModelAggregator`.
         key_metric: the metric that says which model is the best; "" keeps none.
-        key_metric_mode: "max" or "min"; None infers it from the name.
+        key_metric_mode: "max" or "min"; None infers it, see `BestModelSelector`.
         stop_cond: such as "accuracy >= 0.95": no more rounds once a round's metrics meet it.
         patience: no more rounds after so many without a better `stop_cond` metric.
         enable_tensor_disk_offload: results wait in files, not in memory. Read by the server job.
@@ -80,7 +82,7 @@ class FedAvg(Controller):
         self.exclude_vars = exclude_vars
         self.aggregation_weights = dict(aggregation_weights or {})
         self.aggregator = aggregator
-        self.selector = BestModelSelector(key_metric, key_metric_mode)
+        self.selector = BestModelSelector(key_metric, key_metric_mode, stop_cond)
         self.stop_rule = StopRule(stop_cond, patience)
         self.enable_tensor_disk_offload = enable_tensor_disk_offload
         self.memory_gc_rounds = memory_gc_rounds
@@ -97,8 +99,10 @@ class FedAvg(Controller):
 
     def _round(self, job: Job, number: int, model: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, float]]:
         mean = self._train(job, number, model)
+        # A model that nobody received has not been judged.
+        is_best = bool(model) and self.selector.is_best(mean.metrics)
         model = mean.apply_to(model, out=job.pages(model))
-        job.commit(number, model, mean.metrics, best=self.selector.is_best(mean.metrics))
+        job.commit(number, model, mean.metrics, best=is_best)
         return model, mean.metrics
 
     def _train(self, job: Job, number: int, model: dict[str, Any]) -> WeightedMean | CustomMean:
@@ -114,7 +118,7 @@ class FedAvg(Controller):
             try:
                 mean.add(result.model, self._weight(result), result.site)
             except UpdateRefused as why:
-                result.refuse(why)
+                result.refuse(UpdateRefused(why.reason, why.key))  # whose it is, the result knows
         return mean
 
     def _new_mean(self, model: dict[str, Any]) -> WeightedMean | CustomMean:
@@ -126,7 +130,12 @@ class FedAvg(Controller):
         """n_k: what the site says it trained on, times what the recipe gives the site. Checked by the mean."""
         steps = result.model.meta.get(MetaKey.NUM_STEPS_CURRENT_ROUND, 1)
         factor = self.aggregation_weights.get(result.site)
-        return steps if factor is None or not isinstance(steps, (int, float)) else steps * factor
+        if factor is None or isinstance(steps, bool) or not isinstance(steps, numbers.Real):
+            return steps
+        try:
+            return float(steps) * factor
+        except OverflowError:  # an integer beyond the range of a float
+            return math.inf
 
     def _sample(self, sites: Sequence[str], number: int) -> Sequence[str]:
         """The sites of one round; drawn anew each round, from the seed and the round alone."""

@@ -40,6 +40,9 @@ class Peaks:
         if _HAS_PROC:
             command = [sys.executable, "-I", "-S", __file__, str(os.getpid())]
             self._sampler = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            # On a busy machine a short job would be over before the first sample.
+            assert self._sampler.stdout is not None
+            self._sampler.stdout.readline()
         return self
 
     def __exit__(
@@ -119,14 +122,21 @@ def _by_role(peaks: dict[int, tuple[str, float]]) -> dict[str, int]:
     return named
 
 
+def _add(peaks: dict[int, tuple[str, float]], samples: dict[int, tuple[str, float]]) -> None:
+    """Raise `peaks` to `samples`."""
+    for pid, (role, mb) in samples.items():
+        known, highest = peaks.get(pid, (role, mb))
+        # A child has its parent's command line before it runs its own, and none any more when it ends.
+        peaks[pid] = (role if known == "other" else known, max(mb, highest))
+
+
 def _main() -> None:
-    """Sample until standard input ends, then print the peaks."""
+    """Say that it has begun, sample until standard input ends, then print the peaks."""
     root = int(sys.argv[1])
     peaks: dict[int, tuple[str, float]] = {}
+    print("sampling", flush=True)
     while not select.select([sys.stdin], [], [], _PERIOD_S)[0]:
-        for pid, (role, mb) in _sample(root).items():
-            # A child is its parent's copy until it has become what it was started for: the last role is the right one.
-            peaks[pid] = (role, max(mb, peaks.get(pid, (role, 0.0))[1]))
+        _add(peaks, _sample(root))
     print(json.dumps(_by_role(peaks)))
 
 

@@ -14,7 +14,10 @@ __all__ = ["main"]
 
 
 # Known here, so that the help of the program imports none of them.
-_COMMANDS = {"bench": "Measure flarebus on this machine: rounds, the bus, the import."}
+_COMMANDS = {
+    "bench": "Measure flarebus on this machine: rounds, the bus, the import.",
+    "keys": "Make the keys of a router and of those who may dial it.",
+}
 
 
 class _LazyGroup(click.Group):

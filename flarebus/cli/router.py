@@ -16,45 +16,50 @@ from flarebus.errors import UsageError
 
 __all__ = ["main"]
 
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+
 _EPILOG = """\b
 Examples:
   flarebus-router --bind tcp://127.0.0.1:8002
   flarebus-router --bind 'tcp://127.0.0.1:*' --json
   flarebus-router --bind tcp://0.0.0.0:8002 --keys /etc/flarebus/router
-  flarebus-router --bind ipc:///run/site-1/bus --keys keys --upstream tcp://hub:8002 --upstream-key hub.pub
+  flarebus-router --bind ipc:///run/site-1/bus --upstream tcp://hub:8002 --upstream-keys site-1-keys
 
-The folder of keys holds router.key (for its owner only), router.pub, and in its folder 'admitted' the public key of
-everybody who may connect. It ends with Ctrl-C or SIGTERM.
+The folder of --keys holds router.key (for its owner only), router.pub, and in its folder 'admitted' the public key of
+everybody who may connect; that of --upstream-keys holds cell.key and the other router's router.pub. 'flarebus keys'
+makes both. The program ends with Ctrl-C or SIGTERM.
 """
 
 
 @click.command(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option("--bind", required=True, metavar="ENDPOINT", help="Where to listen: tcp://HOST:PORT or ipc://PATH.")
-@click.option("--upstream", metavar="ENDPOINT", help="A router above this one, to be dialled.")
-@click.option("--keys", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="CURVE keys.")
 @click.option(
-    "--upstream-key",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Public key of the router above; needed when it asks for keys.",
+    "--bind",
+    "binds",
+    required=True,
+    multiple=True,
+    metavar="ENDPOINT",
+    help="Where to listen: tcp://HOST:PORT or ipc://PATH. May be given several times.",
 )
+@click.option("--upstream", metavar="ENDPOINT", help="A router above this one, to be dialled.")
+@click.option("--keys", type=_FOLDER, metavar="DIR", help="CURVE keys of this router.")
+@click.option("--upstream-keys", type=_FOLDER, metavar="DIR", help="Keys to dial the router above with.")
 @click.option("--json", "as_json", is_flag=True, help="Say everything as JSON lines.")
-def _router(bind: str, upstream: str | None, keys: Path | None, upstream_key: Path | None, as_json: bool) -> int:
+def _router(
+    binds: tuple[str, ...], upstream: str | None, keys: Path | None, upstream_keys: Path | None, as_json: bool
+) -> int:
     """Forward messages between cells by name.
 
-    The first line of standard output is the address it listens at; a tcp port given as * is filled in. Beyond loopback
-    it listens only with keys.
-    """  # fmt: skip
+    The first lines of standard output are the addresses it listens at; a tcp port given as * is filled in. Beyond
+    loopback it listens only with keys.
+    """
     from flarebus.loop import Loop
     from flarebus.router import Router
-    from flarebus.security.keys import DialKeys, KeyPair, ListenKeys, read_key
+    from flarebus.security.keys import DialKeys, ListenKeys
 
     listen = None if keys is None else ListenKeys.load(keys)
-    dial = None
-    if upstream_key is not None:
-        if keys is None or upstream is None:
-            raise UsageError("--upstream-key: needs --upstream, and --keys with this router's own pair")
-        dial = DialKeys(KeyPair.load(keys, "router"), read_key(upstream_key))
+    dial = None if upstream_keys is None else DialKeys.load(upstream_keys)
+    if dial is not None and upstream is None:
+        raise UsageError("--upstream-keys: needs --upstream")
 
     # Before anything is announced: whoever reads the line may send the signal at once.
     ended = threading.Event()
@@ -63,11 +68,11 @@ def _router(bind: str, upstream: str | None, keys: Path | None, upstream_key: Pa
     loop = Loop("router")
     try:
         router = Router(loop)
-        bound = router.bind(bind, listen)
+        bound = [router.bind(bind, listen) for bind in binds]
         if upstream is not None:
             router.connect(upstream, dial)
-        about = {"bound": bound, "upstream": upstream, "curve": listen is not None}
-        click.echo(json.dumps(about) if as_json else bound)
+        about = {"bound": bound[0], "endpoints": bound, "upstream": upstream, "curve": listen is not None}
+        click.echo(json.dumps(about) if as_json else "\n".join(bound))
         ended.wait()
         statistics = asdict(router.statistics())
         router.close()

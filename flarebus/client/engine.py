@@ -88,6 +88,12 @@ class Engine(Protocol):
         A call while the assignment before is unanswered says that the script has given that one up.
         """
 
+    def still_wanted(self, assignment: Assignment) -> bool:
+        """Whether an answer would still count, as far as is known here; if not, this takes the assignment back.
+
+        Asked before the script sees it: with many sites in a process its turn may come long after the task.
+        """
+
     def answer(self, assignment: Assignment, result: FLModel) -> None:
         """Return once the server holds `result` whole; `result` may be read until then, not later.
 

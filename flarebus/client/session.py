@@ -74,18 +74,26 @@ class Session:
             return task
         # A thread that comes while another one sends waits for the task after.
         deadline = None if timeout is None else time.monotonic() + timeout
+        while (task := self._wait_away(deadline)) is not None:
+            if self._engine.still_wanted(task):
+                return task
+            with self._lock:
+                if self._open is task:
+                    self._open = None
+        self._tell_end()
+        return None
+
+    def _wait_away(self, deadline: float | None) -> Assignment | None:
+        def left() -> float | None:
+            return None if deadline is None else max(0.0, deadline - time.monotonic())
+
         with self._away():
-            if not self._fetching.acquire(timeout=-1 if timeout is None else timeout):
+            if not self._fetching.acquire(timeout=-1 if deadline is None else left() or 0.0):
                 return None
             try:
-                task = self._open
-                if task is None:
-                    task = self._fetch(None if deadline is None else max(0.0, deadline - time.monotonic()))
+                return self._open or self._fetch(left())
             finally:
                 self._fetching.release()
-        if task is None:
-            self._tell_end()
-        return task
 
     def _fetch(self, timeout: float | None) -> Assignment | None:
         task = self._engine.next_task(timeout)

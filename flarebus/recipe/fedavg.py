@@ -117,7 +117,8 @@ class FedAvgRecipe(Recipe):
         enable_tensor_disk_offload: keep results in files, not in memory, until they are averaged.
         client_memory_gc_rounds: clean up a site's memory every so many rounds; 0 for never.
         cuda_empty_cache: give back cached GPU memory at each of these clean-ups.
-        key_metric_mode: "max" or "min"; None takes it from `stop_cond` if that names the same metric, else "max".
+        key_metric_mode: "max" or "min"; None takes it from `stop_cond` if that names the same metric, else "min" for a
+            name that speaks of a loss or an error, else "max".
         wait_time_after_min_received: seconds to wait for the others once `min_clients` results are there, from 0; None
             waits for every live site.
         round_timeout: seconds until a round ends with what it has, above 0; None for no limit.

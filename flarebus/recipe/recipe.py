@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -20,7 +19,6 @@ from flarebus.recipe.run import Run
 
 __all__ = ["Recipe"]
 
-_log = logging.getLogger(__name__)
 # How long an interrupted job may take to end in an orderly way, in seconds; a second interrupt cuts it short.
 _INTERRUPT_GRACE_S = 30.0
 _DEFAULT_EXPORT_DIR = "fl_job"
@@ -175,7 +173,8 @@ def _export_target(arguments: Sequence[str]) -> str | None:
 
 def _end_early(env: ExecEnv, run: Run) -> None:
     """After an interrupt: abort and wait a while. An interrupt of the waiting passes through."""
-    _log.warning("interrupted: ending job %s; interrupt again to leave at once", run.get_job_id())
+    # Not logged: the log of a running job is a file, and the one who interrupted sits at the terminal.
+    print("interrupted: ending the job; interrupt again to leave at once", file=sys.stderr)
     run.abort()
     try:
         run.get_result(timeout=_INTERRUPT_GRACE_S, clean_up=False)

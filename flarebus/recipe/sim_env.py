@@ -43,6 +43,10 @@ class Simulation(Protocol):
         """Ask the job to end."""
         ...
 
+    def kill(self) -> None:
+        """End its processes now, whatever they do."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class _Started:
@@ -106,17 +110,20 @@ class SimEnv(ExecEnv):
         job.check_sites(self.sites)
         folder = RunFolder.open(self.workspace_root, job.name, self.sites)
         job = job.with_id(uuid.uuid4().hex)
+        simulation = None
         try:
             simulation = self._start(job, folder.path)
+            with self._lock:
+                self._started[job.job_id] = _Started(simulation, folder)
+            # The folder is free again when the job ends, even if nobody ever asks for the result.
+            threading.Thread(
+                target=_close_at_end, args=(simulation, folder), name="flarebus-run-folder", daemon=True
+            ).start()
         except BaseException:
+            if simulation is not None:  # an interrupt: the caller will never have a handle on it
+                simulation.abort("user")
             folder.close()
             raise
-        with self._lock:
-            self._started[job.job_id] = _Started(simulation, folder)
-        # The folder is free again when the job ends, even if nobody ever asks for the result.
-        threading.Thread(
-            target=_close_at_end, args=(simulation, folder), name="flarebus-run-folder", daemon=True
-        ).start()
         return job.job_id
 
     def get_job_status(self, job_id: str) -> str | None:
@@ -154,6 +161,17 @@ class SimEnv(ExecEnv):
         for each in started:
             if each.simulation.wait(0.0):
                 each.folder.close()
+
+    def kill(self) -> bool:
+        """End what runs here at once, for a process that is about to leave: no worker or socket outlives it.
+
+        Returns:
+            Whether anything ran. Its threads may not have noticed yet.
+        """
+        running = [each.simulation for each in list(self._started.values()) if not each.simulation.wait(0.0)]
+        for simulation in running:
+            simulation.kill()
+        return bool(running)
 
     def _start(self, job: JobDefinition, run_dir: Path) -> Simulation:
         # Only now: building a recipe or an environment needs no socket and no worker pool.

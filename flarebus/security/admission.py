@@ -1,7 +1,7 @@
 """Admission: asks for each new connection whether its key is on the list (the ZAP protocol of ZeroMQ). Fails closed.
 
 Without a handler ZeroMQ admits any key, and with a handler that died it would too, unless the socket enforces its
-domain: `sockets.secure_listener` does that before binding.
+domain: `sockets.router` sets that before binding.
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ class Admission:
         self._socket.linger = 0
         self._socket.bind(_ENDPOINT)
         loop.add_reader(self._socket, self._read)
+        self._loop = loop
+
+    def close(self) -> None:
+        """Answer nobody any more. On the loop's thread; idempotent."""
+        self._loop.close_socket(self._socket)
 
     def _read(self) -> None:
         frames = self._socket.recv_multipart()

@@ -5,6 +5,7 @@ A key is 40 characters of Z85 text, as ZeroMQ prints it. A secret never appears 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import zmq
 
+from flarebus.address import check_name
 from flarebus.errors import ConfigError
 
-__all__ = ["DialKeys", "KeyPair", "ListenKeys"]
+__all__ = ["DialKeys", "KeyPair", "ListenKeys", "read_key"]
 
 _Z85 = re.compile(rb"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 
@@ -36,13 +38,13 @@ class KeyPair:
         """Write `<name>.pub` (0644) and `<name>.key` (0600) in `folder` (made 0700 if new).
 
         Raises:
-            FileExistsError: a key of that name is there; it is never overwritten.
+            FileExistsError: a key of that name is there; nothing was written.
         """
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for suffix, key, mode in ((".key", self.secret, 0o600), (".pub", self.public, 0o644)):
-            handle = os.open(folder / (name + suffix), os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-            with os.fdopen(handle, "wb") as file:
-                file.write(key + b"\n")
+        if (folder / f"{name}.pub").exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder / f"{name}.pub"))
+        _write_key(folder / f"{name}.key", self.secret, 0o600)
+        _write_key(folder / f"{name}.pub", self.public, 0o644)
 
     @classmethod
     def load(cls, folder: Path, name: str) -> KeyPair:
@@ -56,6 +58,12 @@ class KeyPair:
         if stat.S_IMODE(secret_file.stat().st_mode) & 0o077:
             raise ConfigError("keys", str(secret_file), "others can read this secret key; chmod 600 it")
         return cls(zmq.curve_public(secret), secret)
+
+
+def _write_key(path: Path, key: bytes, mode: int) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    with os.fdopen(handle, "wb") as file:
+        file.write(key + b"\n")
 
 
 def read_key(path: Path) -> bytes:
@@ -80,6 +88,15 @@ class DialKeys:
     own: KeyPair
     server: bytes
 
+    @classmethod
+    def load(cls, folder: Path) -> DialKeys:
+        """`cell.key` and `cell.pub`, this end's own, and `router.pub`: what `ListenKeys.hand_out` made.
+
+        Raises:
+            ConfigError: something is missing or no key, or others may read the secret.
+        """
+        return cls(KeyPair.load(folder, "cell"), read_key(folder / "router.pub"))
+
 
 @dataclass(frozen=True)
 class ListenKeys:
@@ -100,3 +117,23 @@ class ListenKeys:
         if not admitted:
             raise ConfigError("keys", str(folder), "nobody is admitted: put public keys into its folder 'admitted'")
         return cls(own, admitted)
+
+    @staticmethod
+    def hand_out(folder: Path, name: str, target: Path) -> None:
+        """Make a pair, admit it to the router whose keys lie in `folder`, and put what its owner needs into `target`.
+
+        Args:
+            name: whom it is for; only the name of a file.
+            target: a new folder, to be carried to the owner on a way that nobody else can read.
+
+        Raises:
+            ConfigError: `folder` holds no keys of a router, or `name` may not be the name of a file.
+            FileExistsError: somebody of that name is admitted already, or `target` holds keys.
+        """
+        router = KeyPair.load(folder, "router")
+        admitted = folder / "admitted" / f"{check_name(name)}.pub"
+        pair = KeyPair.generate()
+        admitted.parent.mkdir(mode=0o700, exist_ok=True)
+        _write_key(admitted, pair.public, 0o644)
+        pair.save(target, "cell")
+        _write_key(target / "router.pub", router.public, 0o644)

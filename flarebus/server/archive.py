@@ -8,10 +8,10 @@ the pages it wrote are not written again before it is done.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +31,23 @@ class Archive:
 
     Args:
         folder: the server's folder of the run.
-        job: what runs; its initial model is loaded and becomes the first file.
+        job: what runs.
+        params: the model that it begins with; referenced until the first commit.
 
     Raises:
-        ConfigError: the initial model cannot be had.
         OSError: the disk is full, or the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, job: JobDefinition) -> None:
+    def __init__(self, folder: Path, job: JobDefinition, params: dict[str, Any]) -> None:
         self._folder = folder
         self._job = job
-        self._journal = Journal(folder / "rounds.sqlite")
-        self._journal.begin(job.job_id, job.name)
-        self._store = CheckpointStore(folder / "models", f"{job.best_stem}.safetensors")
-        self._params = job.initial_params()
+        with ExitStack() as undo:
+            self._journal = Journal(folder / "rounds.sqlite")
+            undo.callback(self._journal.close)
+            self._journal.begin(job.job_id, job.name)
+            self._store = CheckpointStore(folder / "models", f"{job.best_stem}.safetensors")
+            undo.pop_all()
+        self._params = params
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="flarebus commit")
         self._committing: Future[None] | None = None
         self._began = time.monotonic()
@@ -79,8 +82,8 @@ class Archive:
         now = time.monotonic()
         record = {
             "round": number,
-            "metrics": {name: _plain(value) for name, value in metrics.items()},
-            "sites": {site: {k: _plain(v) for k, v in its.items()} for site, its in self._answered.items()},
+            "metrics": dict(metrics),
+            "sites": self._answered,
             "accepted": sorted(self._answered),
             "refused": self._failed,
             "seconds": round(now - self._began, 6),
@@ -100,7 +103,7 @@ class Archive:
                 "%d metric records were dropped at a site: it logs faster than they can be sent", batch["dropped"]
             )
         for record in batch["records"]:
-            append_metrics(self._folder / "site_metrics.jsonl", {k: _plain(v) for k, v in record.items()})
+            append_metrics(self._folder / "site_metrics.jsonl", record)
 
     def close(self, state: str, reason: str | None) -> None:
         """The job has ended: finish the last commit, note the end, and leave plain files behind.
@@ -108,14 +111,19 @@ class Archive:
         Raises:
             OSError: something could not be written; what was committed before stays good.
         """
-        try:
-            self._finish_commit()
-        finally:
-            self._committer.shutdown()
-            self._journal.end(state, reason)
-            self._journal.close()
-            self._params = {}
-            self._store.close()
+        self._params = {}
+        with ExitStack() as steps:
+            # Last in, first out; each is done whatever becomes of the others.
+            steps.callback(self._journal.close)
+            steps.callback(self._store.close)
+            steps.callback(self._committer.shutdown)
+            try:
+                self._finish_commit()
+            except BaseException as error:
+                state, reason = "failed", str(error)
+                raise
+            finally:
+                self._journal.end(state, reason)
         if self._job.framework is FrameworkType.PYTORCH:
             self._export_pt()
 
@@ -126,19 +134,15 @@ class Archive:
             committing.result()
 
     def _make_durable(self, record: dict[str, Any], path: Path) -> None:
-        self._store.sync()
-        self._journal.commit(record["round"], path.name, record["metrics"], record["accepted"], time.time())
+        try:
+            self._store.sync()
+            self._journal.commit(record["round"], path.name, record["metrics"], record["accepted"], time.time())
+        except BaseException:
+            # Without its row it is not committed, and the model of the round before is the last good one.
+            self._store.take_back()
+            raise
         append_metrics(self._folder / "metrics.jsonl", record)
 
     def _export_pt(self) -> None:
         for file in sorted((self._folder / "models").glob("*.safetensors")):
             export_pt(load_params(file), file.with_suffix(".pt"))
-
-
-def _plain(value: Any) -> Any:
-    """A metric as JSON can hold it; NaN and infinities have no word there."""
-    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, (bool, int, float, str, dict, list, type(None))) else str(value)

@@ -6,10 +6,13 @@ aborts) puts an event into one queue, and the thread takes events out while it w
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from typing import Any
 from flarebus.cell import Cell
 from flarebus.codec import decode
 from flarebus.delivery import Delivery
-from flarebus.errors import DecodeError, FlarebusError, JobAborted, JobFailed, NoRoute
+from flarebus.errors import Closed, DecodeError, FlarebusError, JobAborted, JobFailed, NoRoute, QuorumNotReached, SourceLost
 from flarebus.job.definition import JobDefinition
 from flarebus.model import FLModel
 from flarebus.pending import Pending
@@ -42,7 +45,9 @@ STAGED_BYTES = 64 * 1000 * 1000
 # An answer may carry optimiser state and metrics beside the parameters, not ten models.
 RESULT_FACTOR = 8
 RESULT_SLACK_BYTES = 16 * 1000 * 1000
-# A task that took its worker down this often is not tried again.
+# Images may be among the metrics, but models are not.
+RECORDS_BYTES = 256 * 1000 * 1000
+# A site that took its worker down this often without an answer in between is given up.
 MAX_ATTEMPTS = 3
 
 
@@ -79,10 +84,13 @@ class ServerJob:
         self._open: OpenTask | None = None
         self._task_number = 0
         self._attempts: dict[str, int] = {}
-        cell.inbox("task", "join", lambda delivery: self._events.put(lambda: self._join(delivery)))
-        cell.inbox("task", "result", lambda delivery: self._events.put(lambda: self._result(delivery)))
-        cell.inbox("metric", "records", lambda delivery: self._events.put(lambda: self._records(delivery)))
-        cell.on_gone(lambda names: self._events.put(lambda: self._gone(names)))
+        self._results: weakref.ref[Generator[Result, None, None]] | None = None
+        self._is_over = False
+        self._posting = threading.Lock()
+        cell.inbox("task", "join", lambda delivery: self._post(lambda: self._join(delivery)))
+        cell.inbox("task", "result", lambda delivery: self._post(lambda: self._result(delivery)))
+        cell.inbox("metric", "records", self._fetch_records)
+        cell.on_gone(lambda names: self._post(lambda: self._gone(names)))
 
     # -- what a controller calls --
 
@@ -122,25 +130,36 @@ class ServerJob:
         in_order: bool = False,
     ) -> Iterator[Result]:
         """Give a task out and yield results; see `Job.broadcast`."""
+        self._close_broadcast()
         self._take_waiting_events()
-        targets = sorted(self.roster.alive if sites is None else sites)
+        targets = sorted(set(self.roster.alive if sites is None else sites))
         tally = Tally(targets, min_responses, wait_time_after_min_received, timeout, self._clock())
-        for site, reason in self.roster.dead.items():
-            if site in tally.open:
-                tally.fail(site, reason)
+        for site in targets:
+            if not self.roster.is_alive(site):
+                tally.fail(site, self.roster.dead.get(site, "no such site"))
         self._task_number += 1
         payload = self._cell.share(_outgoing(task), self.roster.hosts)
         self._open = open_task = OpenTask(self._task_number, task, tally, payload, targets, in_order)
-        self.fire("round_started", round=task.round, sites=targets)
+        results = self._run(open_task)
+        self._results = weakref.ref(results)  # not kept: a controller that breaks out of its loop ends the round
+        return results
+
+    def _run(self, open_task: OpenTask) -> Generator[Result, None, None]:
         try:
-            self._assign(targets)
+            self.fire("round_started", round=open_task.task.round, sites=open_task.targets)
+            self._assign(open_task.targets)
             yield from self._collect(open_task)
-            tally.close()
+            open_task.tally.close()
+        except QuorumNotReached as error:
+            # Sites that were given up before may be the reason, though nobody asked them.
+            raise QuorumNotReached(error.needed, error.got, {**error.reasons, **self.roster.dead}) from None
         finally:
-            self._archive.sites_done(open_task.metrics, tally.failed)
+            self._archive.sites_done(open_task.metrics, open_task.tally.failed)
             self._open = None
-            self._cell.withdraw(payload)
-            self._dismiss(open_task)
+            with contextlib.suppress(Closed):  # a controller that failed may be left, with this, after the bus
+                # Its pages are next written when another round has ended: no need to wait for it.
+                self._cell.withdraw(open_task.payload, wait=False)
+                self._dismiss(open_task)
 
     def pages(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Writable arrays on the pages of the next model file."""
@@ -164,17 +183,25 @@ class ServerJob:
         def note() -> None:
             self._aborted_by = self._aborted_by or by
 
-        self._events.put(note)
+        self._post(note)
 
     def host_died(self, end: HostEnd, restart: Callable[[], None]) -> None:
         """A host's process ended; `restart`, if that is worth trying, is called on the controller's thread."""
 
         def note() -> None:
             self._host_died(end)
-            if end.will_restart:
+            if end.will_restart and not self._is_over:
                 restart()
 
-        self._events.put(note)
+        self._post(note)
+
+    def _post(self, event: Event) -> None:
+        """Have something done on the controller's thread; here and now once that listens no more."""
+        with self._posting:
+            if not self._is_over:
+                self._events.put(event)
+                return
+        event()
 
     # -- on the controller's thread from here on --
 
@@ -192,10 +219,25 @@ class ServerJob:
             reasons = sorted(set(self.roster.dead.values()))
             raise JobFailed("no site could be started: " + "; ".join(reasons[:3]))
 
-    def end(self, reason: str) -> None:
-        """Tell every host that there is no more work."""
-        for host in self.roster.hosts:
+    def end(self, reason: str) -> list[str]:
+        """Tell every host that there is no more work; the hosts that were told, which are those that are there.
+
+        Whoever still has something to say is answered, but nothing counts any more.
+        """
+        self._close_broadcast()
+        with self._posting:
+            self._is_over = True
+        while not self._events.empty():
+            self._events.get()()
+        hosts = self.roster.hosts
+        for host in hosts:
             self._cell.notify(host, "task", "end", {"reason": reason})
+        return hosts
+
+    def _close_broadcast(self) -> None:
+        results = None if self._results is None else self._results()
+        if results is not None:
+            results.close()
 
     def _collect(self, open_task: OpenTask) -> Iterator[Result]:
         tally = open_task.tally
@@ -205,10 +247,13 @@ class ServerJob:
             if arrived is not None:
                 result = self._open_result(open_task, arrived)
                 if result is not None:
-                    yield result
-                    # The controller is done with it: free its memory before the next one is staged.
-                    result.model = FLModel()
-                    arrived.answer(tally.failed.get(arrived.site))
+                    try:
+                        yield result
+                    finally:
+                        result.model = FLModel()
+                        arrived.answer(tally.failed.get(arrived.site))
+                # The controller is done with it: free its memory, which they hold, before the next one is staged.
+                del arrived, result
                 continue
             open_task.is_closing = tally.is_over(self._clock())
             if open_task.is_closing and not open_task.arrived:
@@ -251,20 +296,31 @@ class ServerJob:
                 "model": open_task.payload.body,
             }
             sent = self._cell.request(host, "task", "assign", value, payload=open_task.payload)
-            sent.on_done(partial(self._note_assigned, host))
+            sent.on_done(partial(self._note_assigned, host, open_task))
 
-    def _note_assigned(self, host: str, done: Pending[Delivery]) -> None:
-        self._events.put(lambda: self._assigned(host, done))
+    def _note_assigned(self, host: str, open_task: OpenTask, done: Pending[Delivery]) -> None:
+        if done.error() is not None:
+            self._post(lambda: self._assigned(host, open_task, done))
 
-    def _assigned(self, host: str, done: Pending[Delivery]) -> None:
+    def _assigned(self, host: str, open_task: OpenTask, done: Pending[Delivery]) -> None:
         error = done.error()
         # A host that is gone is somebody else's event; anything else means that it cannot work with the task.
-        if error is not None and not isinstance(error, NoRoute) and self._open is not None:
+        if error is not None and not isinstance(error, NoRoute) and self._open is open_task:
             for site in self.roster.sites_of(host):
                 self._fail(site, f"could not take the task: {error}")
 
     def _join(self, delivery: Delivery) -> None:
-        sites = delivery.plain()["sites"]
+        try:
+            announced = [_named(site) for site in delivery.plain()["sites"]]
+        except (DecodeError, KeyError, TypeError) as problem:
+            delivery.fail(DecodeError(f"the sites that join cannot be read: {problem}"))
+            return
+        # Who took its worker down too often stays dead, or it would do so in every round.
+        sites = [site for site in announced if self._attempts.get(site, 0) < MAX_ATTEMPTS]
+        if self._is_over:
+            delivery.fail(JobFailed("the job has ended"))
+            return
+        self._forget_arrived(delivery.source)
         self.roster.join(delivery.source, sites)
         delivery.reply({"job_id": self.job_id})
         if self._open is not None:
@@ -274,7 +330,9 @@ class ServerJob:
     def _result(self, delivery: Delivery) -> None:
         try:
             fields = delivery.plain()
-            site, number, error = fields["site"], fields["number"], fields["error"]
+            site, number, error, body = _named(fields["site"]), fields["number"], fields["error"], fields["model"]
+            if type(body) is not bytes:
+                raise TypeError("its model is not encoded")
         except (DecodeError, KeyError, TypeError) as problem:
             delivery.fail(DecodeError(f"result cannot be read: {problem}"))
             return
@@ -282,15 +340,17 @@ class ServerJob:
         if not self.roster.runs(delivery.source, site):
             log.warning("%s answered for %.80r, which it does not run", delivery.source, site)
             delivery.reply({"accepted": False, "reason": "not your site"})
-        elif open_task is None or not open_task.waits_for(site, number):
+        elif open_task is None or number != open_task.number:
             delivery.reply({"accepted": False, "reason": "the round is closed"})
-        elif site in open_task.arrived:
+        elif site in open_task.arrived or site in open_task.tally.usable:
             delivery.reply({"accepted": True, "reason": ""})
+        elif not open_task.waits_for(site):
+            delivery.reply({"accepted": False, "reason": open_task.tally.failed.get(site, "the round is closed")})
         elif error is not None:
             self._fail(site, str(error))
             delivery.reply({"accepted": True, "reason": ""})
         else:
-            open_task.arrived[site] = Arrived(site, delivery, fields["model"])
+            open_task.arrived[site] = Arrived(site, delivery, body)
 
     def _stage(self, open_task: OpenTask) -> None:
         """Start pulling what has arrived, in the order it will be used, while there is room for it."""
@@ -307,24 +367,30 @@ class ServerJob:
                 return
             arrived.pulled = arrived.delivery.pull(self._pool)
             # Only to wake this thread; what was pulled is found where it is.
-            arrived.pulled.on_done(lambda _: self._events.put(_nothing))
+            if not arrived.is_here:
+                arrived.pulled.on_done(lambda _: self._post(_nothing))
 
     def _open_result(self, open_task: OpenTask, arrived: Arrived) -> Result | None:
         """Decode what was pulled; None if there is nothing usable in it."""
-        del open_task.arrived[arrived.site]
         assert arrived.pulled is not None
+        if isinstance(arrived.pulled.error(), SourceLost):
+            # That its holder is gone was said before the pull failed, but may still wait to be heard.
+            self._take_waiting_events()
+            if open_task.arrived.get(arrived.site) is not arrived:
+                return None
+        del open_task.arrived[arrived.site]
         try:
             model = decode(arrived.body, arrived.pulled.result())
             if type(model) is not FLModel:
                 raise DecodeError("it is not an FLModel")
         except (FlarebusError, OSError, MemoryError) as error:
-            if self.roster.host_of(arrived.site) is not None:
-                self._fail(arrived.site, f"its result could not be fetched: {error}")
-                arrived.answer(str(error))
+            self._fail(arrived.site, f"its result could not be fetched: {error}")
+            arrived.answer(str(error))
             return None
         finally:
             arrived.pulled = None
         open_task.tally.use(arrived.site, self._clock())
+        self._attempts.pop(arrived.site, None)
         open_task.metrics[arrived.site] = dict(model.metrics or {})
         self.fire(
             "result_accepted",
@@ -344,7 +410,7 @@ class ServerJob:
         self.fire("result_refused", round=self._open.task.round, site=site, reason=reason)
 
     def _fail(self, site: str, reason: str) -> None:
-        if self._open is None or site not in self._open.tally.open:
+        if self._open is None or site not in self._open.tally.open or site in self._open.arrived:
             return
         self._open.tally.fail(site, reason)
         log.warning("round %s: %s failed: %s", self._open.task.round, site, reason)
@@ -352,9 +418,9 @@ class ServerJob:
 
     def _gone(self, names: Sequence[str]) -> None:
         for name in names:
-            if name in self.roster.hosts:
-                self.roster.leave(name)
-                self._forget_arrived(name)
+            # Also if its process was seen to end before: the last it said came after that.
+            self.roster.leave(name)
+            self._forget_arrived(name)
 
     def _forget_arrived(self, host: str) -> None:
         """What a dead host offered cannot be pulled any more; what is here already is good."""
@@ -362,7 +428,7 @@ class ServerJob:
             return
         for site in self.roster.sites_of(host):
             arrived = self._open.arrived.get(site)
-            if arrived is not None and arrived.delivery.message.manifest is not None and not arrived.is_here:
+            if arrived is not None and arrived.delivery.message.manifest is not None and not arrived.is_whole:
                 del self._open.arrived[site]
 
     def _host_died(self, end: HostEnd) -> None:
@@ -383,11 +449,18 @@ class ServerJob:
         self._fail(site, reason)
         self.roster.bury(site, reason)
 
+    def _fetch_records(self, delivery: Delivery) -> None:
+        if delivery.nbytes > RECORDS_BYTES:
+            delivery.fail(DecodeError(f"{delivery.nbytes} bytes of metric records; at most {RECORDS_BYTES} at once"))
+            return
+        delivery.pull().on_done(lambda _: self._post(lambda: self._records(delivery)))
+
     def _records(self, delivery: Delivery) -> None:
         try:
             self._archive.site_records(delivery.value())
-        except FlarebusError as error:
+        except (FlarebusError, OSError, AttributeError, KeyError, TypeError) as error:
             log.warning("metrics of %s dropped: %s", delivery.source, error)
+        delivery.reply()
 
     def _dismiss(self, open_task: OpenTask) -> None:
         """Tell hosts that still work on a closed task to stop, and answer results that came too late."""
@@ -410,6 +483,12 @@ def _outgoing(task: Task) -> FLModel:
         total_rounds=task.total_rounds,
         meta={**model.meta, **task.meta},
     )
+
+
+def _named(site: Any) -> str:
+    if type(site) is not str:
+        raise TypeError(f"a site of type {type(site).__name__}")
+    return site
 
 
 def _nothing() -> None:

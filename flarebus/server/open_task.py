@@ -33,6 +33,11 @@ class Arrived:
         """Whether nothing more has to be fetched."""
         return self.pulled is not None and self.pulled.is_done
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is here, and nobody's death can take it away."""
+        return self.pulled is not None and self.pulled.is_done and self.pulled.error() is None
+
     def answer(self, refused: str | None) -> None:
         """Tell the site what became of it; its `send` returns then."""
         self.delivery.reply({"accepted": refused is None, "reason": refused or ""})
@@ -74,9 +79,9 @@ class OpenTask:
                 return None
         return None
 
-    def waits_for(self, site: str, number: int) -> bool:
-        """Whether an answer of `site` to task `number` still counts."""
-        return number == self.number and site in self.tally.open and not (self.is_closing and site not in self.arrived)
+    def waits_for(self, site: str) -> bool:
+        """Whether an answer of `site` would count, and none has arrived."""
+        return site in self.tally.open and site not in self.arrived and not self.is_closing
 
     def _in_turn(self) -> Iterator[Arrived]:
         """What has arrived, as far as its turn has come."""

@@ -6,6 +6,7 @@ whose turn it was.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ __all__ = ["HostEnd", "WorkerPool", "spread"]
 
 log = logging.getLogger(__name__)
 
-# A worker that was killed is started again this often in a job; a fault of the machine should not loop for ever.
+# A worker that dies while no site has the turn is started again this often in a job: a fault of the machine should not
+# loop for ever. One that does not even get ready will not the next time either.
 MAX_RESTARTS = 20
 MAX_STILLBIRTHS = 2
-# After the job has ended: first they end by themselves, then they are told to, then they are made to.
-END_S = 15.0
+# How long they may take after TERM before they are killed.
 TERM_S = 3.0
 LAST_WORDS_BYTES = 2000
 
@@ -81,9 +82,7 @@ class WorkerPool:
 
     def restart(self, address: str) -> None:
         """Start a worker again, as it was."""
-        worker = self._workers[address]
-        worker.restarts += 1
-        self._launch(worker)
+        self._launch(self._workers[address])
 
     @property
     def pids(self) -> dict[str, int]:
@@ -97,23 +96,33 @@ class WorkerPool:
             worker.gone.wait(max(0.0, deadline - time.monotonic()))
         return all(worker.gone.is_set() for worker in self._workers.values())
 
-    def expect_end(self) -> None:
-        """From now on an exit is nothing to report."""
-        self._stopping = True
+    def stop(self, told: Collection[str], patience_s: float) -> None:
+        """See that all end: by themselves, then by TERM, then by KILL to their process groups.
 
-    def stop(self, at_once: bool = False) -> None:
-        """See that all end: by themselves, then by TERM, then by KILL to their process groups."""
+        Args:
+            told: addresses of workers that know that they should; nobody waits for others to end by themselves.
+            patience_s: how long these may take.
+        """
         self._stopping = True
-        if at_once or not self.wait(END_S):
-            for number, patience in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, TERM_S)):
-                self._signal(number)
-                if self.wait(patience):
-                    break
+        if told:
+            self._signal(signal.SIGTERM, [worker for worker in self._workers.values() if worker.address not in told])
+            self.wait(patience_s)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if self.wait(0.0):
+                break
+            self._signal(number, list(self._workers.values()))
+            self.wait(TERM_S)
         for worker in self._workers.values():
             worker.turn_file.unlink(missing_ok=True)
 
-    def _signal(self, number: signal.Signals) -> None:
-        for worker in self._workers.values():
+    def kill(self) -> None:
+        """End all at once, from any thread; `stop` comes nevertheless."""
+        self._stopping = True
+        self._signal(signal.SIGKILL, list(self._workers.values()))
+
+    @staticmethod
+    def _signal(number: signal.Signals, workers: Iterable[_Worker]) -> None:
+        for worker in workers:
             if worker.is_running:
                 try:
                     os.killpg(worker.process.pid, number)
@@ -126,20 +135,12 @@ class WorkerPool:
         thread.start()
 
     def _watch(self, worker: _Worker) -> None:
-        code = worker.process.wait()
-        assert worker.process.stdin is not None
-        worker.process.stdin.close()
+        code = worker.wait()
+        turn = read_turn(worker.turn_file)
         worker.gone.set()
         if not self._stopping:
-            self._on_exit(
-                HostEnd(
-                    worker.address,
-                    worker.sites,
-                    worker.describe_exit(code),
-                    read_turn(worker.turn_file),
-                    worker.is_worth_a_restart(),
-                )
-            )
+            will_restart = worker.is_worth_a_restart(turn)
+            self._on_exit(HostEnd(worker.address, worker.sites, worker.describe_exit(code), turn or None, will_restart))
 
 
 class _Worker:
@@ -153,7 +154,7 @@ class _Worker:
         self.log_file = folder / f"{self.name}.log"
         self.config = {**config, "turn_file": str(self.turn_file)}
         self.environ = environ
-        self.restarts = 0
+        self._ends = self._stillbirths = 0
         self.gone = threading.Event()
         self.process: subprocess.Popen[bytes]
 
@@ -181,10 +182,31 @@ class _Worker:
         except BrokenPipeError:  # it is dead already, and `_watch` will say so
             log.debug("%s died before it could be told what to do", self.name)
 
-    def is_worth_a_restart(self) -> bool:
-        """Whether to try again: seldom for one that never came as far as working for a site, it will fail again."""
-        has_lived = read_turn(self.turn_file) is not None
-        return self.restarts < (MAX_RESTARTS if has_lived else MAX_STILLBIRTHS)
+    def wait(self) -> int:
+        """Wait for its end, see that nothing of it is left, and return its exit code."""
+        if hasattr(os, "waitid"):
+            # Not reaped yet, so that its number cannot be somebody else's when its group is signalled.
+            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        else:
+            self.process.wait()
+        # What the scripts started and left behind; the process itself is in the group, but dead.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        code = self.process.wait()
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):  # what it was not told any more
+            self.process.stdin.close()
+        return code
+
+    def is_worth_a_restart(self, turn: str | None) -> bool:
+        """Whether to try again after this end; a site that had the turn is the job's to give up.
+
+        Args:
+            turn: whose it was; "" for nobody's, None if it never got ready.
+        """
+        self._ends += turn == ""
+        self._stillbirths = self._stillbirths + 1 if turn is None else 0
+        return self._ends <= MAX_RESTARTS and self._stillbirths <= MAX_STILLBIRTHS
 
     def describe_exit(self, code: int) -> str:
         """What happened, in one line."""

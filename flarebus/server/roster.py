@@ -46,6 +46,10 @@ class Roster:
         """The sites that `host` announced, sorted."""
         return sorted(site for site, its in self._host_of.items() if its == host)
 
+    def is_alive(self, site: str) -> bool:
+        """Whether `site` is there or may come back."""
+        return site in self._host_of and site not in self._dead
+
     @property
     def hosts(self) -> list[str]:
         """All hosts that are there, sorted."""

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from flarebus.security.keys import KeyPair, ListenKeys
 from flarebus.server.archive import Archive
 from flarebus.server.job import ServerJob
 from flarebus.server.pool import HostEnd, WorkerPool, spread
+from flarebus.server.socket_folder import SocketFolder
 from flarebus.site.host import HostedSite, SiteHost
 from flarebus.site.log_config import LogConfig
 
@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 
 # Starting Python and NumPy takes a fraction of a second; a machine under heavy load may take a hundred times that.
 START_S = 120.0
+# After the job has ended the workers' scripts come to their end: one that computes may finish, unless nobody wants it.
+END_S = 15.0
+ABORT_S = 2.0
 
 
 def start_simulation(
@@ -108,6 +111,9 @@ class Simulation:
         self._over = threading.Event()
         self._server_job: ServerJob | None = None
         self._controller: Any = None
+        self._initial: dict[str, Any] = {}
+        self._pool: WorkerPool | None = None
+        self._sockets: SocketFolder | None = None
         self._aborted_by: str | None = None
         self._lock = threading.Lock()
         # Not a daemon: a script that starts a job and comes to its end waits for the job.
@@ -117,7 +123,12 @@ class Simulation:
         """Check what can be checked now, and start the job's thread."""
         LogConfig.parse(self._log_config)
         self._controller = self._job.make_workflow()
-        self._thread.start()
+        self._initial = self._job.initial_params()
+        try:
+            self._thread.start()
+        except BaseException:  # an interrupt: the thread may run, but nobody will have a handle on it
+            self.abort("an interrupt")
+            raise
 
     def status(self) -> str:
         """`running`, `completed`, `failed` or `aborted`."""
@@ -134,6 +145,16 @@ class Simulation:
             if self._server_job is not None:
                 self._server_job.abort(by)
 
+    def kill(self) -> None:
+        """End now what would outlive this process if it left now; returns at once. The job's thread notices later."""
+        self.abort("kill")
+        with self._lock:
+            pool, sockets = self._pool, self._sockets
+        if pool is not None:
+            pool.kill()
+        if sockets is not None:
+            sockets.remove()
+
     # -- on the job's thread from here on --
 
     def _run(self) -> None:
@@ -143,11 +164,13 @@ class Simulation:
             with _log_file(server_dir / "log.txt"):
                 self._state, self.reason = self._run_logged(server_dir)
                 log.log(logging.INFO if self._state == "completed" else logging.ERROR, "job %s", self._ending())
-        except Exception as error:  # the last boundary: whoever waits gets the reason, whatever it is
+        except BaseException as error:  # the last boundary: whoever waits gets the reason, whatever it is
             self._state, self.reason = "failed", _in_words(error)
-        if self._options.on_event is not None:
-            self._options.on_event("job_ended", {"state": self._state, "reason": self.reason})
-        self._over.set()
+        try:
+            if self._options.on_event is not None:
+                self._options.on_event("job_ended", {"state": self._state, "reason": self.reason})
+        finally:
+            self._over.set()
 
     def _ending(self) -> str:
         return f"{self._state}: {self.reason}" if self.reason else self._state
@@ -157,7 +180,8 @@ class Simulation:
         state, reason = "failed", None
         archive = None
         try:
-            archive = Archive(server_dir, self._job)
+            archive = Archive(server_dir, self._job, self._initial)
+            self._initial = {}
             with ExitStack() as stack:
                 self._run_job(stack, archive, server_dir)
             state = "completed"
@@ -165,8 +189,8 @@ class Simulation:
             state, reason = "aborted", str(error)
         except (JobError, FlarebusError, OSError, MemoryError) as error:
             reason = _in_words(error)
-        except Exception as error:
-            # A fault of a plug-in or ours: the log has all of it, the user a line.
+        except BaseException as error:
+            # A fault of a plug-in or ours, a plug-in that calls sys.exit: the log has all of it, the user a line.
             log.exception("job failed")
             reason = f"{_in_words(error)}; the traceback is in {server_dir / 'log.txt'}"
         if archive is not None:
@@ -205,7 +229,6 @@ class Simulation:
         with start(stack, router, loop, server_job, str(address), server_dir):
             server_job.wait_for_sites(self._sites, START_S)
             self._controller.run(server_job)
-            server_job.end("completed")
 
     @contextmanager
     def _start_workers(
@@ -214,10 +237,16 @@ class Simulation:
         endpoint, dial_keys = self._listen(stack, router)
 
         def exited(end: HostEnd) -> None:
-            server_job.host_died(end, lambda: pool.restart(end.address))
+            server_job.host_died(end, lambda: restart(end.address))
+
+        def restart(address: str) -> None:
+            pool.restart(address)
+            server_job.fire("workers_started", pids=pool.pids)
 
         pool = WorkerPool(server_dir, exited)
-        graceful = False
+        with self._lock:
+            self._pool = pool
+        told: list[str] = []
         try:
             for number, sites in enumerate(spread(self._sites, self._num_workers), start=1):
                 address = f"worker-{number}.{self._job.job_id}"
@@ -227,14 +256,13 @@ class Simulation:
                 pool.start(self._worker_config(address, endpoint, dial_keys, server, sites), environ)
             server_job.fire("workers_started", pids=pool.pids)
             yield
-            graceful = True
-        except JobError:
+            told = server_job.end("completed")
+        except JobError as error:
             # The scripts are well: let them come to their end, as after the last round.
-            server_job.end("the job has ended")
-            graceful = self._aborted_by is None
+            told = server_job.end(f"the job has ended: {error}")
             raise
         finally:
-            pool.stop(at_once=not graceful)
+            pool.stop(told, END_S if self._aborted_by is None else ABORT_S)
 
     @contextmanager
     def _start_host(
@@ -259,10 +287,11 @@ class Simulation:
             endpoint = router.bind("tcp://127.0.0.1:*", ListenKeys(server, frozenset({worker.public})))
             keys = {"public": worker.public, "secret": worker.secret, "server": server.public}
             return endpoint, {name: key.decode() for name, key in keys.items()}
-        # A path of its own and not in the run folder: the name of a socket may have little more than 100 bytes.
-        folder = tempfile.mkdtemp(prefix="flarebus-", dir=os.environ.get("XDG_RUNTIME_DIR"))
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        return router.bind(f"ipc://{folder}/bus"), None
+        sockets = SocketFolder()
+        with self._lock:
+            self._sockets = sockets
+        stack.callback(sockets.remove)
+        return router.bind(sockets.endpoint), None
 
     def _worker_config(
         self, address: str, endpoint: str, keys: dict[str, str] | None, server: str, sites: Sequence[str]
@@ -299,7 +328,7 @@ def _limit_threads(workers: int) -> dict[str, str]:
 def _log_file(path: Path) -> Iterator[None]:
     """What flarebus logs in this process, in a file of the run as well."""
     root = logging.getLogger("flarebus")
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     level = root.level
     root.addHandler(handler)
@@ -310,7 +339,15 @@ def _log_file(path: Path) -> Iterator[None]:
     finally:
         root.removeHandler(handler)
         root.setLevel(level)
-        handler.close()
+        with suppress(OSError):  # a full disk: what could not be written is lost
+            handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Leave out what cannot be written: on a full disk the job fails with that reason, without a traceback."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 def _in_words(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +10,9 @@ from typing import Any
 
 from flarebus.cell import Cell
 from flarebus.client.engine import Assignment
-from flarebus.codec import decode
+from flarebus.codec import decode, encode
 from flarebus.delivery import Delivery
-from flarebus.errors import FlarebusError
+from flarebus.errors import EncodeError, FlarebusError
 from flarebus.message import Buffer
 from flarebus.metric import AnalyticsDataType
 from flarebus.model import FLModel
@@ -79,45 +78,62 @@ class MetricOutbox:
         self._server = server
         self._waiting: deque[dict[str, Any]] = deque()
         self._sending: Pending[Delivery] | None = None
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self.dropped = 0
 
     def put(self, record: dict[str, Any]) -> None:
         """Take one record; returns at once."""
-        with self._lock:
+        with self._changed:
             if len(self._waiting) >= MAX_WAITING_RECORDS:
                 self.dropped += 1
                 return
             self._waiting.append(record)
-        self._send()
+        self._send_next()
 
     def flush(self, timeout: float) -> None:
-        """Wait until the server has everything that was put so far, for at most `timeout` seconds each message."""
-        while (sending := self._sending) is not None:
-            try:
-                sending.result(timeout)
-            except FlarebusError:
-                return
+        """Wait until the server has everything that was put so far, for at most `timeout` seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._sending is None and not self._waiting, timeout)
 
-    def _send(self) -> None:
-        with self._lock:
+    def _send_next(self) -> None:
+        """Send what waits unless something is on its way: the next batch is whatever came up meanwhile."""
+        with self._changed:
             if self._sending is not None or not self._waiting:
                 return
-            batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), BATCH_RECORDS))]
-            dropped, self.dropped = self.dropped, 0
-            try:
-                # One batch at a time: the next one is whatever came up meanwhile.
-                self._sending = self._cell.request(
-                    self._server, "metric", "records", {"records": batch, "dropped": dropped}
-                )
-            except FlarebusError as error:
-                log.warning("metric records dropped: %s", error)
-                return
-        self._sending.on_done(self._sent)
+            sending = self._sending = self._request()
+        sending.on_done(self._sent)
 
     def _sent(self, _: Pending[Delivery]) -> None:
-        self._sending = None
-        self._send()
+        with self._changed:
+            self._sending = None
+        self._send_next()
+        with self._changed:
+            self._changed.notify_all()
+
+    def _request(self) -> Pending[Delivery]:
+        batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), BATCH_RECORDS))]
+        dropped, self.dropped = self.dropped, 0
+        try:
+            return self._cell.request(self._server, "metric", "records", {"records": batch, "dropped": dropped})
+        except EncodeError:
+            fit = [record for record in batch if _may_travel(record)]
+            fields = {"records": fit, "dropped": dropped + len(batch) - len(fit)}
+            return self._cell.request(self._server, "metric", "records", fields)
+        except FlarebusError as error:  # this end was closed: nothing of what waits will ever leave
+            log.warning("%d metric records lost: %s", len(batch) + len(self._waiting), error)
+            self._waiting.clear()
+            lost: Pending[Delivery] = Pending()
+            lost.fail(error)
+            return lost
+
+
+def _may_travel(record: dict[str, Any]) -> bool:
+    try:
+        encode(record)
+    except EncodeError as error:
+        log.warning("%s: metric %r dropped: %s", record["site"], record["key"], error)
+        return False
+    return True
 
 
 class SiteEngine:
@@ -151,30 +167,31 @@ class SiteEngine:
         self._server = server
         self._metrics = metrics
         self._log_note = note
-        self._tasks: queue.SimpleQueue[tuple[Assignment, SharedModel] | None] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._waiting: tuple[Assignment, SharedModel] | None = None
         self._open: Assignment | None = None
-        self._number = -1
+        self._unwanted = -1
 
     # -- the Engine protocol --
 
     def next_task(self, timeout: float | None) -> Assignment | None:
         """Wait for the next task; see `Engine`."""
         if self._open is not None:
-            self.fail_open("the script asked for its next task without answering this one")
-        while self.ended is None:
-            try:
-                entry = self._tasks.get(timeout=timeout)
-            except queue.Empty:
+            self._fail(self._open, "the script asked for its next task without answering this one")
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting is not None or self.ended is not None, timeout)
+            if self._waiting is None:
                 return None
-            if entry is None:
-                self._tasks.put(None)  # for the next thread that looks
-                return None
-            assignment, model = entry
-            if int(assignment.task_id) == self._number:
-                self._open = assignment
-                return assignment
-            model.drop()
-        return None
+            self._open, _ = self._waiting
+            self._waiting = None
+            return self._open
+
+    def still_wanted(self, assignment: Assignment) -> bool:
+        """Whether the task was not cancelled; see `Engine`."""
+        if int(assignment.task_id) != self._unwanted:
+            return True
+        self._open = None
+        return False
 
     def answer(self, assignment: Assignment, result: FLModel) -> None:
         """Send the result; returns when the server holds it, or at once if all of it fits into the message."""
@@ -182,12 +199,12 @@ class SiteEngine:
         fields = {"site": self.site_name, "number": int(assignment.task_id), "error": None, "model": payload.body}
         try:
             sent = self._cell.request(self._server, "task", "result", fields, payload=payload)
-            self._open = None
             if payload.manifest is None:
                 # It was copied into the message; what becomes of it is for the log.
                 sent.on_done(self._note)
             else:
                 self._note_reply(sent.result())
+            self._open = None
         finally:
             self._cell.withdraw(payload)
 
@@ -209,31 +226,58 @@ class SiteEngine:
     @property
     def has_task(self) -> bool:
         """Whether a task waits for the script."""
-        return self._number >= 0 and not self._tasks.empty() and self.ended is None
+        return self._waiting is not None
 
     def assign(self, assignment: Assignment, model: SharedModel) -> None:
         """A task came. It replaces any that was not fetched yet."""
-        self._number = int(assignment.task_id)
-        self._tasks.put((assignment, model))
+        with self._changed:
+            self._discard()
+            if self.ended is not None:
+                model.drop()
+                return
+            self._waiting = assignment, model
+            self._changed.notify()
 
     def cancel(self, number: int) -> None:
-        """Task `number` is not wanted any more: if the script has not fetched it, it never will."""
-        if self._number == number and self._open is None:
-            self._number = -1
+        """Task `number` is not wanted any more: if the script has not seen it, it never will."""
+        self._unwanted = number
+        with self._changed:
+            if self._waiting is not None and self._waiting[0].task_id == str(number):
+                self._discard()
 
     def end(self, reason: str) -> None:
         """No more tasks: a script that waits hears it now."""
-        self.ended = self.ended or reason
-        self._tasks.put(None)
+        with self._changed:
+            self.ended = self.ended or reason
+            self._discard()
+            self._changed.notify_all()
 
-    def fail_open(self, reason: str) -> None:
-        """Tell the server that the task at hand, or the one that waits, will not be answered."""
-        number = int(self._open.task_id) if self._open is not None else self._number
+    def script_ended(self, cause: str, has_received: bool) -> None:
+        """The script has ended: tell the server if a task will not be answered because of that.
+
+        Args:
+            cause: what went wrong, or "".
+            has_received: whether it fetched a task. One that waits is then for the next run, whatever became of this.
+        """
+        if self._open is not None:
+            self._fail(self._open, cause or "the script ended without answering its task")
+        elif cause and not has_received:
+            with self._changed:
+                unfit = self._waiting
+                self._discard()
+            if unfit is not None:
+                self._fail(unfit[0], cause)
+
+    def _discard(self) -> None:
+        if self._waiting is not None:
+            self._waiting[1].drop()
+            self._waiting = None
+
+    def _fail(self, task: Assignment, reason: str) -> None:
         self._open = None
-        if number < 0 or self.ended is not None:
+        if self.ended is not None:
             return
-        self._number = -1
-        fields = {"site": self.site_name, "number": number, "error": reason, "model": b""}
+        fields = {"site": self.site_name, "number": int(task.task_id), "error": reason, "model": b""}
         try:
             self._cell.request(self._server, "task", "result", fields)
         except FlarebusError as error:

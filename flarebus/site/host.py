@@ -151,8 +151,7 @@ class SiteHost:
                 self._engines[site].cancel(fields["number"])
 
     def _script_ended(self, outcome: Outcome) -> None:
-        if outcome.cause:
-            self._engines[outcome.site].fail_open(outcome.cause)
+        self._engines[outcome.site].script_ended(outcome.cause, outcome.n_received > 0)
 
     def _lost(self, error: LinkError) -> None:
         self.end(f"the server cannot be reached: {error}")

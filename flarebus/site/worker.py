@@ -66,7 +66,8 @@ def _host(cell: Cell, config: dict[str, Any]) -> None:
             LogConfig.parse(config["log_config"]),
             on_turn=lambda site: _note_turn(page, site),
         )
-        host.run(lambda: _note_turn(page, ""))
+        _note_turn(page, "")
+        host.run()
 
 
 def _note_turn(page: mmap.mmap, site: str) -> None:
@@ -74,7 +75,7 @@ def _note_turn(page: mmap.mmap, site: str) -> None:
 
 
 def read_turn(path: Path) -> str | None:
-    """Whose turn it was in the worker that kept this file: "" nobody's, None when it had not even joined the job."""
+    """Whose turn it was in the worker that kept this file: "" nobody's, None when it never got ready to work."""
     try:
         noted = path.read_bytes().rstrip(b"\0")
     except OSError:

@@ -20,6 +20,15 @@ def test_roles_are_numbered_and_the_largest_worker_is_the_client() -> None:
     assert bench_peaks._by_role(peaks) == {"server": 50, "worker-1": 100, "worker-2": 12, "client": 100, "other": 3}
 
 
+def test_a_worker_stays_a_worker() -> None:
+    """What a process was once seen as counts, however its command line looks before it starts and when it ends."""
+    peaks: dict[int, tuple[str, float]] = {}
+    for role, mb in (("other", 5.0), ("worker", 20.0), ("worker", 10.0), ("other", 0.0)):
+        bench_peaks._add(peaks, {7: (role, mb)})
+
+    assert peaks == {7: ("worker", 20.0)}
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_memory_that_was_given_back_counts() -> None:
     """The peak holds what this process had at its fullest, not what it has at the end."""

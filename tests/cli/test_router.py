@@ -95,7 +95,7 @@ def test_only_admitted_keys_come_in(tmp_path: Path) -> None:
         (["--bind", "tcp://0.0.0.0:*"], "beyond loopback"),
         (["--bind", "http://x"], "http://x"),
         (["--bind", "tcp://127.0.0.1:*", "--keys", "nowhere"], "nowhere"),
-        (["--bind", "tcp://127.0.0.1:*", "--upstream-key", "x"], "--upstream-key"),
+        (["--bind", "tcp://127.0.0.1:*", "--upstream-keys", "x"], "x/cell.key"),
     ],
 )
 def test_wrong_usage(capsys: pytest.CaptureFixture[str], argv: list[str], said: str) -> None:

@@ -26,6 +26,8 @@ class FakeEngine:
         self.answers: queue.SimpleQueue[tuple[Assignment, FLModel]] = queue.SimpleQueue()
         self.logged: list[tuple[str, Any, AnalyticsDataType, dict[str, Any]]] = []
         self.refusal: FlarebusError | None = None
+        self.cancelled: set[str] = set()
+        """Ids of tasks that are not wanted any more."""
         self.waiting: queue.SimpleQueue[float | None] = queue.SimpleQueue()
         """One entry for each call of `next_task` that found nothing at hand."""
         self._n_given = 0
@@ -64,6 +66,9 @@ class FakeEngine:
             return self.tasks.get(timeout=LIMIT_S if timeout is None else timeout)
         except queue.Empty:
             return None
+
+    def still_wanted(self, assignment: Assignment) -> bool:
+        return assignment.task_id not in self.cancelled
 
     def answer(self, assignment: Assignment, result: FLModel) -> None:
         if self.refusal is not None:

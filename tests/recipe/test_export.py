@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from flarebus.errors import ConfigError
 from flarebus.recipe import FedAvgRecipe, Recipe
+from flarebus.workflow.params import flatten
 
 
 def _torch_model():
@@ -26,6 +28,8 @@ MODELS = {
     "array": lambda: np.arange(6, dtype=np.float64).reshape(2, 3),
     "list": lambda: [1.0, 2.0, 3.0],
     "arrays by name": lambda: {"w": np.full((2, 2), np.nan, np.float32), "n": np.array(3, np.int64)},
+    "nested": lambda: {"deep": {"w": np.ones(2, np.float16)}, "list": [1.0, math.nan], "note": "text", "none": None},
+    "tensors": lambda: _torch_model().state_dict(),
     "class": lambda: {"class_path": "model.Net", "args": {"size": 3}},
     "module": _torch_model,
 }
@@ -41,10 +45,10 @@ def test_comes_back_equal(make, tmp_path, kind):
 
     assert loaded == recipe
     assert Recipe.load(target) == recipe
-    before, after = recipe.definition.initial_params(), loaded.definition.initial_params()
+    before, after = (flatten(each.definition.initial_params()) for each in (recipe, loaded))
     assert before.keys() == after.keys()
     for name, value in before.items():
-        np.testing.assert_array_equal(after[name], value, strict=True)
+        np.testing.assert_array_equal(after[name], value, strict=isinstance(value, np.ndarray))
 
 
 def test_every_setting_comes_back(make, tmp_path, code):
@@ -95,7 +99,7 @@ def test_every_setting_comes_back(make, tmp_path, code):
         {"name": "other"},
         {"train_args": "-v"},
         {"model": [1.0, 2.5]},
-        {"model": np.array([1.0, 2.0], np.float32)},
+        {"model": np.array([1.0, 2.0], np.float64)},
         {"model": {"class_path": "model.Net"}},
         {"framework": "numpy"},
         {"per_site_config": {"a": {}}},
@@ -255,6 +259,18 @@ def test_too_much_code_is_refused_by_folder(make, tmp_path, code, monkeypatch):
 
     with pytest.raises(ConfigError, match="folder of their own"):
         make().export(tmp_path / "job")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"x" * 100])
+def test_damaged_model_file_is_named(make, tmp_path, content):
+    """A missing or damaged model file is a mistake in the folder, said in words."""
+    target = make().export(tmp_path / "job")
+    target.joinpath("model.safetensors").unlink()
+    if content is not None:
+        target.joinpath("model.safetensors").write_bytes(content)
+
+    with pytest.raises(ConfigError, match=r"job\.json: model='model\.safetensors'"):
+        FedAvgRecipe.load(target)
 
 
 def _edit(target: Path, change) -> None:

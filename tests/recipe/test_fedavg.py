@@ -60,6 +60,9 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"model": dict}, "model", "dict()"),
     ({"model": []}, "model", "no parameters"),
     ({"model": {}}, "model", "no parameters"),
+    ({"model": {"w": object()}}, "model['w']", "not a Python object"),
+    ({"model": {"deep": [{"w": np.array([None])}]}}, "model['deep.0.w']", "not a Python object"),
+    ({"model": [[1.0], [2.0, 3.0]]}, "model", "regular shape"),
     ({"model": {"args": {}}}, 'model["class_path"]', "pkg.mod.Class"),
     ({"model": {"class_path": 3}}, 'model["class_path"]', "pkg.mod.Class"),
     ({"model": {"path": "Net"}}, 'model["path"]', "pkg.mod.Class"),
@@ -107,6 +110,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"patience": 0, "stop_cond": "loss < 1"}, "patience", "whole number from 1"),
     ({"best_model_filename": "../best.pt"}, "best_model_filename", "plain file name"),
     ({"best_model_filename": "best.bin"}, "best_model_filename", ".safetensors or .pt"),
+    ({"best_model_filename": "FL_global_model.pt"}, "best_model_filename", "taken"),
+    ({"save_filename": "model-1.safetensors"}, "save_filename", "taken"),
     ({"best_model_filename": "best.pt", "framework": "numpy"}, "best_model_filename", ".safetensors"),
     ({"best_model_filename": "best.pt", "key_metric": ""}, "best_model_filename", "needs a key_metric"),
     ({"best_model_filename": "a.pt", "save_filename": "b.pt"}, "save_filename", "must be the same"),
@@ -322,6 +327,12 @@ def test_old_name_of_the_best_file_still_works_and_warns(make):
 
     assert recipe.definition.best_model_filename == "mine.pt"
     assert seen[0].filename == str(Path(__file__).with_name("conftest.py"))
+
+
+def test_best_files_share_one_name(make):
+    """The name chosen for the best model stands before the suffix of each of its files."""
+    assert make().definition.best_stem == "best_FL_global_model"
+    assert make(best_model_filename="mine.v2.pt").definition.best_stem == "mine.v2"
 
 
 def test_construction_writes_nothing(make, code):

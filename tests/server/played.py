@@ -1,0 +1,223 @@
+"""A server job on a real bus in one process, with hosts that a test plays: no sockets, no worker processes, no disk."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+
+from flarebus.cell import Cell
+from flarebus.codec import decode
+from flarebus.delivery import Delivery
+from flarebus.job.definition import JobDefinition
+from flarebus.job.site_config import SiteConfig
+from flarebus.loop import Loop
+from flarebus.model import FLModel
+from flarebus.pending import Pending
+from flarebus.router import Router
+from flarebus.server.archive import Archive
+from flarebus.server.job import ServerJob
+from flarebus.workflow.controller import Task
+
+__all__ = ["BIG", "LIMIT_S", "SERVER", "Bus", "MemoryArchive", "PlayedHost", "a_job", "task", "told", "update"]
+
+LIMIT_S = 30.0
+SERVER = "server.job"
+# float32 values that are too many to ride in a message; whole pages, so that slabs have exactly their size.
+BIG = 80 * 1024
+
+
+class Clock:
+    """Monotonic seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Work(NamedTuple):
+    """One assignment, as a host got it."""
+
+    number: int
+    task: str
+    round: int
+    sites: list[str]
+    model: FLModel
+
+
+class MemoryArchive:
+    """Stands in for `Archive`: what a job leaves, in memory."""
+
+    def __init__(self, params: dict[str, Any] | None = None) -> None:
+        self.params: dict[str, Any] = params or {}
+        self.committed: list[tuple[int, dict[str, Any], Mapping[str, Any], bool]] = []
+        self.done: list[tuple[Mapping[str, Any], Mapping[str, str]]] = []
+        self.records: list[dict[str, Any]] = []
+        self.last_round_facts: dict[str, Any] = {}
+
+    @property
+    def next_round(self) -> int:
+        return len(self.committed)
+
+    def current_params(self) -> dict[str, Any]:
+        return self.params
+
+    def pages(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
+
+    def sites_done(self, answered: Mapping[str, Any], failed: Mapping[str, str]) -> None:
+        self.done.append((dict(answered), dict(failed)))
+
+    def commit(self, number: int, params: dict[str, Any], metrics: Mapping[str, Any], best: bool) -> None:
+        self.params = params
+        self.committed.append((number, params, dict(metrics), best))
+
+    def site_records(self, batch: Any) -> None:
+        self.records += batch["records"]
+
+
+class PlayedHost:
+    """A host of some sites; what it does is up to the test."""
+
+    def __init__(self, bus: Bus, name: str, sites: Sequence[str]) -> None:
+        self.address = name
+        self.sites = list(sites)
+        self.cell = Cell.attach(name, bus.router, bus.loop)
+        self.work: queue.SimpleQueue[Work] = queue.SimpleQueue()
+        self.cancelled: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.cell.on("task", "assign", self._assign)
+        self.cell.on("task", "cancel", lambda delivery: self.cancelled.put(delivery.value()))
+        self.cell.on("task", "end", lambda delivery: self.ended.put(delivery.value()["reason"]))
+        self.join()
+
+    def join(self) -> None:
+        """Say who is here; the job knows when this returns."""
+        self.ask("join", {"sites": self.sites}).result(LIMIT_S)
+
+    def ask(self, topic: str, value: Any) -> Pending[Delivery]:
+        return self.cell.request(SERVER, "task", topic, value)
+
+    def take(self) -> Work:
+        """The next assignment."""
+        return self.work.get(timeout=LIMIT_S)
+
+    def send(self, site: str, number: int, result: FLModel | str, size: int = 0) -> Pending[Delivery]:
+        """Answer task `number` for `site` with a model, or with the words of an error."""
+        payload = self.cell.share("" if isinstance(result, str) else result, (SERVER,))
+        error = result if isinstance(result, str) else None
+        fields = {"site": site, "number": number, "error": error, "model": payload.body}
+        return self.cell.request(SERVER, "task", "result", fields, payload=payload)
+
+    def answer(self, site: str, number: int, result: FLModel | str) -> tuple[bool, str]:
+        """Answer, and wait for what the server says: accepted or not, and why."""
+        return told(self.send(site, number, result))
+
+    def mute(self) -> None:
+        """From now on serve nobody who pulls: results stay on their way."""
+        self.cell._carrier._serve = lambda *_: None  # type: ignore[method-assign]
+
+    def die(self) -> None:
+        """Go away without a word."""
+        self.cell.close()
+
+    def _assign(self, delivery: Delivery) -> None:
+        fields = delivery.plain()
+        model = decode(fields["model"], delivery.pull().result())
+        self.work.put(Work(fields["number"], fields["task"], fields["round"], fields["sites"], model))
+
+
+class Bus:
+    """The server's end: loop, router, job; and a thread for its controller."""
+
+    def __init__(self, archive: Archive | MemoryArchive | None = None) -> None:
+        self.clock = Clock()
+        self.archive = MemoryArchive() if archive is None else archive
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self._changed = threading.Condition()
+        self.loop = Loop("test bus")
+        self.router = Router(self.loop)
+        self.cell = Cell.attach(SERVER, self.router, self.loop)
+        self.job = ServerJob(a_job(), self.cell, cast(Archive, self.archive), self._note, clock=self.clock)
+        self._thread = ThreadPoolExecutor(1, "controller")
+        self._hosts: list[PlayedHost] = []
+
+    def host(self, name: str, *sites: str) -> PlayedHost:
+        """A host that has joined; while it joins, the controller's thread listens."""
+        heard = self.start(lambda: self.job.wait_for_sites(sites, LIMIT_S))
+        host = PlayedHost(self, name, sites)
+        heard.result(LIMIT_S)
+        self._hosts.append(host)
+        return host
+
+    def back(self, name: str, *sites: str) -> PlayedHost:
+        """A host that joins while a controller runs."""
+        host = PlayedHost(self, name, sites)
+        self._hosts.append(host)
+        return host
+
+    def start(self, work: Callable[[], Any]) -> Future[Any]:
+        """Run `work` on the controller's thread."""
+        return self._thread.submit(work)
+
+    def collect(self, **how: Any) -> Future[list[str]]:
+        """Broadcast a small model; the future has the sites in the order of their results."""
+        return self.start(lambda: [result.site for result in self.job.broadcast(task(), **how)])
+
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass, and the job look at its clock."""
+        self.clock.now += seconds
+        self.job._events.put(lambda: None)
+
+    def wait_for(self, event: str, **fields: Any) -> dict[str, Any]:
+        """Wait until the job has told of an event with these fields; all its fields."""
+
+        def found() -> list[dict[str, Any]]:
+            return [its for name, its in self.events if name == event and fields.items() <= its.items()]
+
+        with self._changed:
+            assert self._changed.wait_for(found, LIMIT_S), f"no {event} {fields} in {self.events}"
+            return found()[0]
+
+    def close(self) -> None:
+        self.job.abort("the test")
+        self._thread.shutdown()
+        for host in self._hosts:
+            host.cell.close()
+        self.cell.close()
+        self.router.close()
+        self.loop.stop()
+
+    def _note(self, event: str, fields: dict[str, Any]) -> None:
+        with self._changed:
+            self.events.append((event, fields))
+            self._changed.notify_all()
+
+
+def a_job(**changes: Any) -> JobDefinition:
+    """A job whose script is never run here."""
+    defaults = SiteConfig(train_script="client.py")
+    basic = {"workflow": "fedavg", "workflow_settings": {}, "sites": {}, "code_dir": Path(), "job_id": "1" * 32}
+    return JobDefinition(**{"name": "job", "site_defaults": defaults, **basic, **changes})
+
+
+def task(value: float = 0.0, size: int = 4, round: int = 0) -> Task:
+    return Task("train", FLModel(params={"w": np.full(size, value, np.float32)}), round, 3)
+
+
+def update(value: float, size: int = 4, steps: Any = 1, **metrics: Any) -> FLModel:
+    """What a site answers."""
+    params = {"w": np.full(size, value, np.float32)}
+    return FLModel(params=params, metrics=metrics or None, meta={"NUM_STEPS_CURRENT_ROUND": steps})
+
+
+def told(sent: Pending[Delivery]) -> tuple[bool, str]:
+    answer = sent.result(LIMIT_S).plain()
+    return answer["accepted"], answer["reason"]

@@ -1,0 +1,446 @@
+"""SharedModel, MetricOutbox and SiteEngine: what stands between a host's cell and a script."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flarebus.cell import Cell
+from flarebus.client.engine import Assignment
+from flarebus.codec import decode, encode
+from flarebus.delivery import Delivery
+from flarebus.errors import DecodeError, FlarebusError
+from flarebus.loop import Loop
+from flarebus.metric import AnalyticsDataType
+from flarebus.model import FLModel
+from flarebus.pending import Pending
+from flarebus.router import Router
+from flarebus.site import engine as site_engine
+from flarebus.site.engine import MetricOutbox, SharedModel, SiteEngine
+
+LIMIT_S = 30.0
+BIG = 100_000
+
+
+def shared(takers: int, size: int = 1000) -> tuple[SharedModel, Any]:
+    """A model as a host has it after a pull, and the memory of its one array."""
+    body, buffers = encode(FLModel(params={"w": np.arange(size, dtype=np.float32)}))
+    memory = [bytearray(buffer) for buffer in buffers]
+    return SharedModel(body, [memoryview(each) for each in memory], takers), memory[0]
+
+
+def weights(model: FLModel) -> np.ndarray:
+    assert model.params is not None
+    found: np.ndarray = model.params["w"]
+    return found
+
+
+# --- SharedModel
+
+
+def test_the_last_taker_gets_the_hosts_own_memory() -> None:
+    """Everybody may write into what he takes: the others get copies, the last one the pulled bytes themselves."""
+    model, memory = shared(3)
+    own = np.frombuffer(memory, np.float32)
+    first, second = model.take(), model.take()
+    weights(first)[:] = -1
+    last = model.take()
+
+    assert not np.shares_memory(weights(first), own)
+    assert not np.shares_memory(weights(second), own)
+    assert np.shares_memory(weights(last), own)
+    assert weights(second).tolist() == weights(last).tolist() == list(range(1000))
+    assert all(weights(each).flags.writeable for each in (first, second, last))
+
+
+def test_who_drops_out_is_no_taker() -> None:
+    """If the others drop out, the one that is left gets the host's own memory; if all do, it is free."""
+    model, memory = shared(3)
+    model.drop()
+    model.drop()
+    assert np.shares_memory(weights(model.take()), np.frombuffer(memory, np.float32))
+
+    model, memory = shared(2)
+    model.drop()
+    model.drop()
+    memory.clear()  # raises while anybody holds a view of it
+
+
+def test_takers_on_many_threads_share_nothing() -> None:
+    """However many take at once, exactly one gets the host's memory."""
+    model, memory = shared(16)
+    taken: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+    threads = [threading.Thread(target=lambda: taken.put(weights(model.take()))) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT_S)
+    found = [taken.get_nowait() for _ in threads]
+
+    assert sum(np.shares_memory(each, np.frombuffer(memory, np.float32)) for each in found) == 1
+    for each in found:
+        assert each.tolist() == list(range(1000))
+        each[:] = -1
+
+
+# --- on a bus
+
+
+class Server:
+    """A server's cell that does as the test says, and a host's cell."""
+
+    def __init__(self) -> None:
+        self.loop = Loop("test bus")
+        self.router = Router(self.loop)
+        self.cell = Cell.attach("server", self.router, self.loop)
+        self.host = Cell.attach("host", self.router, self.loop)
+        self.results: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self.records: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        self.notes: list[str] = []
+        self.cell.inbox("task", "result", self.results.put)
+        self.cell.inbox("metric", "records", self.records.put)
+        self.outbox = MetricOutbox(self.host, "server")
+        self.engine = SiteEngine("site-1", "job", {}, self.host, "server", self.outbox, self.notes.append)
+
+    def assign(self, number: int, model: SharedModel | None = None) -> SharedModel:
+        model = shared(1)[0] if model is None else model
+        self.engine.assign(Assignment(str(number), "train", number, 9, model.take), model)
+        return model
+
+    def result(self, accepted: bool = True, reason: str = "", fetch: bool = False) -> dict[str, Any]:
+        """The next result, answered."""
+        delivery = self.results.get(timeout=LIMIT_S)
+        found: dict[str, Any] = delivery.plain()
+        if fetch:
+            delivery.pull().result(LIMIT_S)
+        delivery.reply({"accepted": accepted, "reason": reason})
+        return found
+
+    def batch(self) -> tuple[list[Any], int]:
+        """The next batch of metrics, answered: the values, and how many were dropped before."""
+        delivery = self.records.get(timeout=LIMIT_S)
+        found = delivery.value(LIMIT_S)
+        delivery.reply()
+        return [record["value"] for record in found["records"]], found["dropped"]
+
+    def settled(self) -> None:
+        """Return when the host's cell has handled all that was sent to it."""
+        self.loop.run(lambda: None)
+        self.loop.run(lambda: None)
+
+    def close(self) -> None:
+        self.host.close()
+        self.cell.close()
+        self.router.close()
+        self.loop.stop()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    made = Server()
+    yield made
+    made.close()
+
+
+def answer(size: int = 4) -> FLModel:
+    return FLModel(params={"w": np.ones(size, np.float32)})
+
+
+def on_thread(work: Any) -> Pending[Any]:
+    """Run `work` on a thread; its outcome."""
+    outcome: Pending[Any] = Pending()
+
+    def run() -> None:
+        try:
+            outcome.set(work())
+        except BaseException as error:
+            outcome.fail(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome
+
+
+# --- tasks
+
+
+def test_tasks_come_to_whoever_waits(server: Server) -> None:
+    """A thread that waits gets the task that comes; one that does not wait gets nothing."""
+    assert server.engine.next_task(0) is None
+    waiting = on_thread(lambda: server.engine.next_task(None))
+    server.assign(3)
+
+    found = waiting.result(LIMIT_S)
+    assert (found.task_id, found.task_name, found.round, found.total_rounds) == ("3", "train", 3, 9)
+    assert weights(found.take()).size == 1000
+    assert not server.engine.has_task
+
+
+def test_a_new_task_replaces_one_that_nobody_fetched(server: Server) -> None:
+    """Only the last task counts, and the model of the one before is let go at once."""
+    model, memory = shared(1)
+    server.assign(3, model)
+    server.assign(4)
+
+    memory.clear()
+    assert server.engine.has_task
+    found = server.engine.next_task(0)
+    assert found is not None
+    assert found.task_id == "4"
+    assert server.engine.next_task(0) is None
+
+
+def test_a_cancelled_task_is_never_fetched(server: Server) -> None:
+    """Cancelling a task that waits takes it back, with its model; the number of another one changes nothing."""
+    model, memory = shared(1)
+    server.assign(3, model)
+    server.engine.cancel(2)
+    assert server.engine.has_task
+
+    server.engine.cancel(3)
+    assert not server.engine.has_task
+    assert server.engine.next_task(0) is None
+    memory.clear()
+    server.assign(4)
+    found = server.engine.next_task(0)
+    assert found is not None
+    assert found.task_id == "4"
+
+
+def test_a_task_at_work_is_not_taken_away(server: Server) -> None:
+    """Cancelling the task that the script works on leaves it alone; its answer is refused by the server."""
+    server.assign(3)
+    task = server.engine.next_task(0)
+    assert task is not None
+    server.engine.cancel(3)
+    server.engine.answer(task, answer())
+
+    assert server.result(False, "the round is closed")["number"] == 3
+    server.settled()
+    assert server.notes == ["the server did not use the result: the round is closed"]
+
+
+def test_the_end_wakes_everybody_for_good(server: Server) -> None:
+    """All threads that wait for a task hear the end, and later ones do not wait; the first reason stays."""
+    waiting = [on_thread(lambda: server.engine.next_task(None)) for _ in range(3)]
+    server.engine.end("completed")
+    server.engine.end("again")
+
+    assert [each.result(LIMIT_S) for each in waiting] == [None] * 3
+    server.assign(3)
+    assert server.engine.next_task(None) is None
+    assert (server.engine.ended, server.engine.has_task) == ("completed", False)
+
+
+# --- answers
+
+
+def test_a_small_answer_returns_at_once(server: Server) -> None:
+    """What fits into the message is copied into it: the script goes on, and may write into its arrays."""
+    server.assign(3)
+    task = server.engine.next_task(0)
+    assert task is not None
+    model = answer()
+    server.engine.answer(task, model)
+    weights(model)[:] = -1
+
+    delivery = server.results.get(timeout=LIMIT_S)
+    fields = delivery.plain()
+    sent = decode(fields.pop("model"), delivery.pull().result(LIMIT_S))
+    assert fields == {"site": "site-1", "number": 3, "error": None}
+    assert weights(sent).tolist() == [1.0] * 4
+
+
+def test_a_big_answer_returns_when_the_server_has_it(server: Server) -> None:
+    """Arrays that are fetched are the server's until it answers; then nothing of them is held any more."""
+    server.assign(3)
+    task = server.engine.next_task(0)
+    assert task is not None
+    sending = on_thread(lambda: server.engine.answer(task, answer(BIG)))
+    delivery = server.results.get(timeout=LIMIT_S)
+    assert delivery.nbytes == 4 * BIG
+    delivery.pull().result(LIMIT_S)
+    assert not sending.is_done
+    delivery.reply({"accepted": True, "reason": ""})
+
+    sending.result(LIMIT_S)
+    assert server.host.statistics().offers_held == 0
+    assert server.notes == []
+
+
+def test_an_answer_that_cannot_be_delivered_leaves_the_task_open(server: Server) -> None:
+    """The script hears what went wrong, and what it then fails with is told the server for this very task."""
+    server.assign(3)
+    task = server.engine.next_task(0)
+    assert task is not None
+    sending = on_thread(lambda: server.engine.answer(task, answer(BIG)))
+    server.results.get(timeout=LIMIT_S).fail(DecodeError("it cannot be read"))
+    with pytest.raises(FlarebusError, match="it cannot be read"):
+        sending.result(LIMIT_S)
+    with pytest.raises(FlarebusError, match="cannot encode"):
+        server.engine.answer(task, FLModel(params={"w": object()}))
+
+    server.engine.script_ended("the script failed", True)
+    assert server.result()["error"] == "the script failed"
+    assert server.host.statistics().offers_held == 0
+
+
+def test_a_small_answer_that_is_lost_is_noted(server: Server) -> None:
+    """Nobody waits for a small answer, so what became of it goes to the site's log."""
+    server.assign(3)
+    task = server.engine.next_task(0)
+    assert task is not None
+    server.engine.answer(task, answer())
+    server.results.get(timeout=LIMIT_S).fail(DecodeError("it cannot be read"))
+    server.settled()
+
+    assert server.notes == ["result not delivered: server: DecodeError: it cannot be read"]
+
+
+# --- failures
+
+
+def test_a_script_that_asks_again_has_given_its_task_up(server: Server) -> None:
+    """Asking for the next task without an answer fails the one at hand, with these words."""
+    server.assign(3)
+    server.engine.next_task(0)
+    assert server.engine.next_task(0) is None
+
+    found = server.result()
+    assert (found["number"], found["model"]) == (3, b"")
+    assert found["error"] == "the script asked for its next task without answering this one"
+
+
+def test_a_failure_after_the_answer_concerns_nobody(server: Server) -> None:
+    """A script that fails when it has answered fails neither that task nor the next one, which waits already."""
+    server.assign(3)
+    task = server.engine.next_task(0)
+    assert task is not None
+    server.engine.answer(task, answer())
+    server.result()
+    server.assign(4)
+    server.engine.script_ended("ValueError: boom", True)
+    server.settled()
+
+    assert server.results.empty()
+    found = server.engine.next_task(0)
+    assert found is not None
+    assert found.task_id == "4"
+
+
+def test_a_script_that_never_asked_fails_the_task_that_waits(server: Server) -> None:
+    """The task of a script that cannot even start is failed, and its model let go."""
+    model, memory = shared(1)
+    server.assign(3, model)
+    server.engine.script_ended("SyntaxError: invalid syntax (client.py:1)", False)
+
+    found = server.result()
+    assert (found["number"], found["error"]) == (3, "SyntaxError: invalid syntax (client.py:1)")
+    memory.clear()
+    assert not server.engine.has_task
+    server.engine.script_ended("again", False)
+    server.settled()
+    assert server.results.empty()
+
+
+def test_nothing_is_reported_after_the_end(server: Server) -> None:
+    """When the job has ended nobody is told of failures any more."""
+    server.assign(3)
+    server.engine.next_task(0)
+    server.engine.end("completed")
+    server.engine.script_ended("boom", True)
+    server.engine.script_ended("boom", False)
+    server.settled()
+
+    assert server.results.empty()
+    assert server.notes == []
+
+
+# --- metrics
+
+
+def test_records_carry_site_and_round(server: Server) -> None:
+    """A metric belongs to the site and to the round of the task at hand."""
+    server.engine.log("lr", 0.1, AnalyticsDataType.SCALAR)
+    delivery = server.records.get(timeout=LIMIT_S)
+    delivery.reply()
+    server.assign(3)
+    server.engine.next_task(0)
+    server.engine.log("loss", 0.5, AnalyticsDataType.SCALAR, global_step=7)
+
+    assert delivery.value()["records"] == [
+        {"site": "site-1", "round": None, "key": "lr", "value": 0.1, "type": "SCALAR"}
+    ]
+    assert server.records.get(timeout=LIMIT_S).value()["records"] == [
+        {"site": "site-1", "round": 3, "key": "loss", "value": 0.5, "type": "SCALAR", "global_step": 7}
+    ]
+
+
+def test_records_go_in_order_in_batches(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch is on its way at a time; the next one is what came meanwhile, up to its limit, and in order."""
+    monkeypatch.setattr(site_engine, "BATCH_RECORDS", 4)
+    for number in range(10):
+        server.outbox.put({"value": number})
+
+    assert [server.batch() for _ in range(4)] == [
+        ([0], 0),
+        ([1, 2, 3, 4], 0),
+        ([5, 6, 7, 8], 0),
+        ([9], 0),
+    ]
+    server.settled()
+    assert server.records.empty()
+
+
+def test_what_is_too_much_is_dropped_and_counted(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records beyond the limit are dropped, the oldest stay, and the server learns how many were lost."""
+    monkeypatch.setattr(site_engine, "MAX_WAITING_RECORDS", 3)
+    for number in range(10):
+        server.outbox.put({"value": number})
+
+    assert server.batch() == ([0], 0)
+    assert server.batch() == ([1, 2, 3], 6)
+    server.outbox.put({"value": 10})
+    assert server.batch() == ([10], 0)
+
+
+def test_a_record_that_may_not_travel_takes_no_other_with_it(server: Server) -> None:
+    """A value that cannot be sent is left out and counted; those beside it arrive."""
+    for value in (0, 1, object(), 2):
+        server.outbox.put({"site": "site-1", "key": "loss", "value": value})
+
+    assert server.batch() == ([0], 0)
+    assert server.batch() == ([1, 2], 1)
+
+
+def test_flush_waits_for_all_that_was_put(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When `flush` returns the server has had every record, also those that were not on their way yet."""
+    monkeypatch.setattr(site_engine, "BATCH_RECORDS", 2)
+    for round in range(30):
+        for number in range(7):
+            server.outbox.put({"value": number})
+        flushing = on_thread(lambda: server.outbox.flush(LIMIT_S))
+        found: list[Any] = []
+        while len(found) < 7:
+            assert not flushing.is_done, round
+            found += server.batch()[0]
+        flushing.result(LIMIT_S)
+        assert found == list(range(7))
+
+
+def test_flush_gives_up_in_time(server: Server) -> None:
+    """A server that does not answer keeps nobody, and one that is gone even less."""
+    server.outbox.flush(LIMIT_S)
+    server.outbox.put({"value": 0})
+    server.outbox.put({"value": 1})
+    server.outbox.flush(0)
+    server.cell.close()
+    server.outbox.flush(LIMIT_S)
+    server.host.close()
+    for number in range(2):
+        server.outbox.put({"value": number})
+    server.outbox.flush(LIMIT_S)
