@@ -463,6 +463,8 @@ class Cell:
     def _send_quietly(self, frames: Sequence[Buffer | zmq.Frame]) -> None:
         try:
             self._send(frames)
+        except Closed:
+            log.debug("%s: an answer came after the end", self.address)
         except LinkError as error:
             log.warning("%s: not sent: %s", self.address, error)
 

@@ -17,7 +17,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from flarebus.errors import ConfigError, DecodeError, LinkError
 from flarebus.link import SILENCE_S, Link, Verb, decode_names, encode_names
-from flarebus.loop import Loop
+from flarebus.loop import GOODBYE_MS, Loop
 from flarebus.message import Buffer
 from flarebus.security.keys import DialKeys
 from flarebus.sockets import (
@@ -100,6 +100,7 @@ class Dial:
         self._backlog_bytes = 0
         self._is_lost = False
         self._owes_hello = False
+        self._awaits_welcome = False
         self._socket = dealer(loop.context, keys)
         self._monitor = self._socket.get_monitor_socket(_EVENTS)
         try:
@@ -148,13 +149,15 @@ class Dial:
         """Say goodbye and close the socket. Idempotent."""
         if self._socket.closed:
             return
-        self._flush()
-        self._say(Verb.BYE)
+        was_up = self.is_up
+        if was_up:
+            self._flush()
+            self._say(Verb.BYE)
         self._fall()
         self._loop.remove_actor(self)
         self._socket.disable_monitor()
         self._loop.close_socket(self._monitor)
-        self._loop.close_socket(self._socket)
+        self._loop.close_socket(self._socket, GOODBYE_MS if was_up else 0)
 
     def end(self) -> None:
         """The loop ends."""
@@ -196,13 +199,15 @@ class Dial:
         match verb:
             case Verb.WELCOME:
                 self.is_up = True
-                self._is_lost = False
+                self._is_lost = self._awaits_welcome = False
                 self._owner.link_up()
                 self._flush()
             case Verb.GONE | Verb.JOIN:
                 self._hear_names(verb, body)
             case Verb.BYE:
                 self._lose(LinkError(f"{self.endpoint}: the router has left"))
+            case Verb.WHO | Verb.PING if self._awaits_welcome:
+                return
             # Held to be lost and heard again, without a new connection: it was only slow, and has to know us anew.
             case _ if verb == Verb.WHO or self._is_lost:
                 self._hello()
@@ -229,12 +234,13 @@ class Dial:
             self._lose(LinkError(f"{self.endpoint}: the router refused our key"))
         else:
             # Down, not lost: libzmq dials again, and silence decides when that has taken too long.
-            self.is_up = self._owes_hello = False
+            self.is_up = self._owes_hello = self._awaits_welcome = False
 
     def _hello(self) -> None:
         self.is_up = False
-        # An end that shakes hands is not always ready to be written to at once.
-        self._owes_hello = not self._say(Verb.HELLO, encode_names(self._owner.names()))
+        # What was sent before the end of the last connection was known may still fill the queue.
+        self._awaits_welcome = self._say(Verb.HELLO, encode_names(self._owner.names()))
+        self._owes_hello = not self._awaits_welcome
         if self._owes_hello:
             self._loop.wake_by(self._loop.clock() + BACKLOG_RETRY_S)
 
@@ -266,7 +272,7 @@ class Dial:
         self._owner.link_lost(error)
 
     def _fall(self) -> None:
-        self.is_up = self._owes_hello = False
+        self.is_up = self._owes_hello = self._awaits_welcome = False
         self._is_lost = True
         self._backlog.clear()
         self._backlog_bytes = 0

@@ -26,7 +26,7 @@ import zmq
 from flarebus.errors import Closed, UsageError
 from flarebus.pending import Pending
 
-__all__ = ["Actor", "Loop"]
+__all__ = ["GOODBYE_MS", "Actor", "Loop"]
 
 log = logging.getLogger(__name__)
 
@@ -132,11 +132,11 @@ class Loop:
         self._readers[socket] = read
         self._selector.register(_descriptor(socket), selectors.EVENT_READ)
 
-    def close_socket(self, socket: zmq.Socket[bytes]) -> None:
-        """Stop reading `socket` and close it; what was said last still has a moment to leave. On the loop's thread."""
+    def close_socket(self, socket: zmq.Socket[bytes], linger_ms: int = GOODBYE_MS) -> None:
+        """Stop reading `socket` and close it; what was said last has this long to leave. On the loop's thread."""
         if self._readers.pop(socket, None) is not None:
             self._selector.unregister(_descriptor(socket))
-        socket.close(linger=GOODBYE_MS)
+        socket.close(linger=linger_ms)
 
     def wake_by(self, when: float | None) -> None:
         """Tick no later than `when`. On the loop's thread."""
@@ -185,16 +185,18 @@ class Loop:
                 if key.fd == self._waker.fileno():
                     self._waker.clear()
         self._asleep = False
-        for read in self._ready():
-            _guarded(read)
+        for socket in self._ready():
+            # One that was read before it may have closed it.
+            if socket in self._readers:
+                _guarded(self._readers[socket])
         self._drain()
         now = self.clock()
         if now >= self._wake_at:
             self._tick(now)
 
-    def _ready(self) -> list[Callable[[], None]]:
-        """How to read the sockets that have something, in the order in which they were added."""
-        return [read for socket, read in self._readers.items() if socket.getsockopt(_EVENTS) & _POLLIN]
+    def _ready(self) -> list[zmq.Socket[bytes]]:
+        """The sockets that have something, in the order in which they were added."""
+        return [socket for socket in self._readers if socket.getsockopt(_EVENTS) & _POLLIN]
 
     def _drain(self) -> None:
         posted = self._posted

@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 MAX_ABOVE = 100_000
 # Names that were asked for in vain, remembered to tell everybody when they come after all.
 MAX_MISSED = 10_000
+_DOWN = "its connection is down"
 
 
 @dataclass(frozen=True)
@@ -362,6 +363,8 @@ class Router:
         self._unroutable += 1
         answer: Sequence[Buffer]
         if header == PULL:
+            if isinstance(error, NoRoute) and error.reason == _DOWN:
+                return  # the holder will be back, or gone; whoever pulls is told of either
             transfer = REQUEST.unpack(body)[0] if len(body) == REQUEST.size else b""
             answer = (source, target, CHUNK, PLACE.pack(transfer, NOT_OFFERED))
         elif header in (CHUNK, DONE):
@@ -527,7 +530,7 @@ class Router:
             except zmq.Again:
                 self._loop.wake_by(self._loop.clock() + BACKLOG_RETRY_S)
             except zmq.ZMQError as error:
-                raise NoRoute(frame_bytes(frames[0]).decode("ascii", "replace"), "its connection is down") from error
+                raise NoRoute(frame_bytes(frames[0]).decode("ascii", "replace"), _DOWN) from error
         nbytes = sum(len(frame) for frame in frames)
         if connection.backlog_bytes + nbytes > BACKLOG_BYTES:
             self._drop(connection, "does not read")

@@ -83,7 +83,8 @@ def dealer(context: zmq.Context[zmq.Socket[bytes]], keys: DialKeys | None) -> zm
     """A dialling socket, not yet connected, with a routing id that nobody can guess or hold twice."""
     socket = context.socket(zmq.DEALER)
     _profile(socket)
-    socket.setsockopt(zmq.IMMEDIATE, 1)
+    # 1 would throw away what has come in and was not read yet when a connection ends, a goodbye among it.
+    socket.setsockopt(zmq.IMMEDIATE, 0)
     socket.setsockopt(zmq.RECONNECT_IVL, 250)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 30_000)
     socket.setsockopt(zmq.ROUTING_ID, b"f" + secrets.token_bytes(16))

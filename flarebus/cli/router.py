@@ -16,6 +16,7 @@ from flarebus.errors import UsageError
 
 __all__ = ["main"]
 
+_ENDINGS = (signal.SIGINT, signal.SIGTERM)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 _EPILOG = """\b
@@ -63,7 +64,7 @@ def _router(
 
     # Before anything is announced: whoever reads the line may send the signal at once.
     ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _ENDINGS:
         signal.signal(number, lambda *_: ended.set())
     loop = Loop("router")
     try:
@@ -74,6 +75,9 @@ def _router(
         about = {"bound": bound[0], "endpoints": bound, "upstream": upstream, "curve": listen is not None}
         click.echo(json.dumps(about) if as_json else "\n".join(bound))
         ended.wait()
+        # The end takes no time, and a second Ctrl-C must not leave half of it.
+        for number in _ENDINGS:
+            signal.signal(number, signal.SIG_IGN)
         statistics = asdict(router.statistics())
         router.close()
     finally:

@@ -46,6 +46,8 @@ class CheckpointStore:
         # What the names lead to: what a crash leaves has to be whole.
         self._named: set[MappedFile | None] = set()
         self._has_new_names = False
+        self._written: set[MappedFile] = set()
+        """Files that may hold what is not durable."""
 
     def next_arrays(self, params: Mapping[Any, Any]) -> dict[str, NDArray[Any]]:
         """Dotted name -> writable array on the pages of the free file, of the shapes and dtypes of `params`.
@@ -89,7 +91,9 @@ class CheckpointStore:
         """Return when current and best model are durable, and their names lead to them."""
         for file, name in ((self._current, GLOBAL_NAME), (self._best, self._best_name)):
             if file is not None:
-                file.sync()
+                if file in self._written:
+                    file.sync()
+                    self._written.discard(file)
                 self._link(file.path.name, name)
         # The journal knows files by their own names: only new ones have to last. Links are for people.
         if self._has_new_names:
@@ -118,6 +122,7 @@ class CheckpointStore:
             if file.path.name not in kept:
                 file.path.unlink(missing_ok=True)
         self._files.clear()
+        self._written.clear()
         self._named.clear()
         self._next = self._current = self._before = self._best = None
         sync_folder(self._folder)
@@ -126,13 +131,16 @@ class CheckpointStore:
         for file in self._files:
             if file not in (self._current, self._best, self._next) and file not in self._named:
                 if file.layout == layout:
+                    self._written.add(file)
                     return file
                 self._files.remove(file)
+                self._written.discard(file)
                 file.close()
                 file.path.unlink()
                 break
         file = MappedFile(self._fresh_path(), layout)
         self._files.append(file)
+        self._written.add(file)
         self._has_new_names = True
         return file
 

@@ -20,7 +20,16 @@ from typing import Any
 from flarebus.cell import Cell
 from flarebus.codec import decode
 from flarebus.delivery import Delivery
-from flarebus.errors import Closed, DecodeError, FlarebusError, JobAborted, JobFailed, NoRoute, QuorumNotReached, SourceLost
+from flarebus.errors import (
+    Closed,
+    DecodeError,
+    FlarebusError,
+    JobAborted,
+    JobFailed,
+    NoRoute,
+    QuorumNotReached,
+    SourceLost,
+)
 from flarebus.job.definition import JobDefinition
 from flarebus.model import FLModel
 from flarebus.pending import Pending
@@ -88,7 +97,7 @@ class ServerJob:
         self._is_over = False
         self._posting = threading.Lock()
         cell.inbox("task", "join", lambda delivery: self._post(lambda: self._join(delivery)))
-        cell.inbox("task", "result", lambda delivery: self._post(lambda: self._result(delivery)))
+        cell.inbox("task", "result", self._result_came)
         cell.inbox("metric", "records", self._fetch_records)
         cell.on_gone(lambda names: self._post(lambda: self._gone(names)))
 
@@ -255,9 +264,11 @@ class ServerJob:
                 # The controller is done with it: free its memory, which they hold, before the next one is staged.
                 del arrived, result
                 continue
-            open_task.is_closing = tally.is_over(self._clock())
+            was_closing, open_task.is_closing = open_task.is_closing, tally.is_over(self._clock())
             if open_task.is_closing and not open_task.arrived:
                 return
+            if open_task.is_closing and not was_closing:
+                continue  # nobody waits for those before him in order any more
             # What has arrived by now is still fetched: its holder's life, not the deadline, bounds that.
             self._take_event(None if open_task.is_closing else tally.deadline())
 
@@ -327,6 +338,14 @@ class ServerJob:
             waiting = [site for site in sites if site in self._open.tally.open and site not in self._open.arrived]
             self._assign(waiting)
 
+    def _result_came(self, delivery: Delivery) -> None:
+        # On the bus thread. A small result is fetched at once: that saves waking the controller's for it twice.
+        open_task = self._open
+        room = STAGED_BYTES - self._pool.leased_bytes
+        if open_task is not None and 0 < delivery.nbytes <= min(room, _most_bytes(open_task)):
+            delivery.pull(self._pool)
+        self._post(lambda: self._result(delivery))
+
     def _result(self, delivery: Delivery) -> None:
         try:
             fields = delivery.plain()
@@ -356,7 +375,7 @@ class ServerJob:
         """Start pulling what has arrived, in the order it will be used, while there is room for it."""
         for arrived in open_task.unstaged():
             nbytes = arrived.delivery.nbytes
-            if nbytes > RESULT_FACTOR * open_task.nbytes + RESULT_SLACK_BYTES:
+            if nbytes > _most_bytes(open_task):
                 reason = f"result of {nbytes} bytes for a model of {open_task.nbytes}"
                 del open_task.arrived[arrived.site]
                 self._fail(arrived.site, reason)
@@ -469,6 +488,11 @@ class ServerJob:
             self._cell.notify(host, "task", "cancel", {"number": open_task.number, "sites": sites})
         for arrived in open_task.arrived.values():
             arrived.answer("the round is closed")
+
+
+def _most_bytes(open_task: OpenTask) -> int:
+    """How big an answer may be."""
+    return RESULT_FACTOR * open_task.nbytes + RESULT_SLACK_BYTES
 
 
 def _outgoing(task: Task) -> FLModel:

@@ -23,7 +23,7 @@ from typing import Any
 import flarebus
 from flarebus.site.worker import TURN_BYTES, read_turn
 
-__all__ = ["HostEnd", "WorkerPool", "spread"]
+__all__ = ["HostEnd", "WorkerPool", "share_cores", "spread"]
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class _Worker:
         self.log_file = folder / f"{self.name}.log"
         self.config = {**config, "turn_file": str(self.turn_file)}
         self.environ = environ
-        self._ends = self._stillbirths = 0
+        self._ends = self._stillbirths = self._log_begin = 0
         self.gone = threading.Event()
         self.process: subprocess.Popen[bytes]
 
@@ -167,6 +167,7 @@ class _Worker:
         self.gone.clear()
         self.turn_file.write_bytes(bytes(TURN_BYTES))
         with open(self.log_file, "ab") as output:
+            self._log_begin = output.tell()
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "flarebus.site.worker"],
                 stdin=subprocess.PIPE,
@@ -222,8 +223,8 @@ class _Worker:
 
     def _last_words(self) -> str:
         with open(self.log_file, "rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - LAST_WORDS_BYTES))
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(self._log_begin, end - LAST_WORDS_BYTES))  # not those of an earlier life
             lines = file.read().decode("utf-8", "replace").strip().splitlines()
         return lines[-1].strip()[:300] if lines else ""
 
@@ -232,9 +233,16 @@ def _import_path() -> dict[str, str]:
     """Let the worker import the very flarebus that runs here, installed or not."""
     source = str(Path(flarebus.__file__).parent.parent)
     before = os.environ.get("PYTHONPATH")
-    return {"PYTHONPATH": source if not before else os.pathsep.join((before, source))}
+    return {"PYTHONPATH": source if not before else os.pathsep.join((source, before))}
 
 
 def spread(sites: Sequence[str], workers: int) -> list[list[str]]:
     """Sites dealt out to workers like cards."""
     return [list(sites[number::workers]) for number in range(workers)]
+
+
+def share_cores(workers: int) -> dict[str, str]:
+    """Environment that shares the cores out: each worker's linear algebra would otherwise start a thread for each."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}

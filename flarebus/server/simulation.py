@@ -7,7 +7,6 @@ Nothing listens on a network: the workers connect through a socket file in a fol
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from flarebus.router import Router
 from flarebus.security.keys import KeyPair, ListenKeys
 from flarebus.server.archive import Archive
 from flarebus.server.job import ServerJob
-from flarebus.server.pool import HostEnd, WorkerPool, spread
+from flarebus.server.pool import HostEnd, WorkerPool, share_cores, spread
 from flarebus.server.socket_folder import SocketFolder
 from flarebus.site.host import HostedSite, SiteHost
 from flarebus.site.log_config import LogConfig
@@ -250,7 +249,7 @@ class Simulation:
         try:
             for number, sites in enumerate(spread(self._sites, self._num_workers), start=1):
                 address = f"worker-{number}.{self._job.job_id}"
-                environ = _limit_threads(self._num_workers)
+                environ = share_cores(self._num_workers)
                 if self._gpu_groups is not None:
                     environ["CUDA_VISIBLE_DEVICES"] = self._gpu_groups[number - 1]
                 pool.start(self._worker_config(address, endpoint, dial_keys, server, sites), environ)
@@ -275,10 +274,16 @@ class Simulation:
         )
         thread = threading.Thread(target=host.run, name="flarebus host", daemon=True)
         thread.start()
+        reason = "the job has ended"
         try:
             yield
+            reason = "completed"
+        except JobError as error:
+            reason = f"{reason}: {error}"
+            raise
         finally:
-            host.end("the job has ended")
+            server_job.end(reason)
+            host.end(reason)
             thread.join()
 
     def _listen(self, stack: ExitStack, router: Router) -> tuple[str, dict[str, str] | None]:
@@ -315,13 +320,6 @@ class Simulation:
 
     def _hosted(self, sites: Sequence[str]) -> list[HostedSite]:
         return [HostedSite(site, self.run_dir / site, self._job.site_config(site)) for site in sites]
-
-
-def _limit_threads(workers: int) -> dict[str, str]:
-    """Share the cores out: every worker's linear algebra would otherwise start a thread for each of them."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return {}
-    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
 
 
 @contextmanager

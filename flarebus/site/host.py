@@ -16,9 +16,11 @@ from typing import Any
 from flarebus.cell import Cell
 from flarebus.client.engine import Assignment, set_fallback
 from flarebus.delivery import Delivery
-from flarebus.errors import LinkError
+from flarebus.errors import DecodeError, LinkError
 from flarebus.job.kinds import ExchangeFormat, FrameworkType
 from flarebus.job.site_config import SiteConfig
+from flarebus.message import Buffer
+from flarebus.pending import Pending
 from flarebus.site.engine import MetricOutbox, SharedModel, SiteEngine
 from flarebus.site.log_config import LogConfig
 from flarebus.site.output import SiteLogs
@@ -81,7 +83,7 @@ class SiteHost:
         self._scripts: dict[str, SiteScript] = {}
         for site in sites:
             self._add(site, job_id, codes)
-        cell.on("task", "assign", self._assign)
+        cell.inbox("task", "assign", self._assign)
         cell.on("task", "cancel", self._cancel)
         cell.on("task", "end", lambda delivery: self.end(delivery.value()["reason"]))
         cell.on_link_lost(self._lost)
@@ -134,15 +136,26 @@ class SiteHost:
         self._over.set()
 
     def _assign(self, delivery: Delivery) -> None:
-        task: Mapping[str, Any] = delivery.plain()
-        buffers = delivery.pull().result()
+        # On the bus thread, so that the model is on its way at once and the scripts are woken by its last byte.
+        try:
+            task: Mapping[str, Any] = delivery.plain()
+        except DecodeError as error:
+            delivery.fail(error)
+            return
+        delivery.pull().on_done(lambda buffers: self._hand_out(delivery, task, buffers))
+
+    def _hand_out(self, delivery: Delivery, task: Mapping[str, Any], buffers: Pending[Sequence[Buffer]]) -> None:
+        error = buffers.error()
+        if error is not None:
+            delivery.fail(error)
+            return
         sites = [site for site in task["sites"] if site in self._engines]
-        model = SharedModel(task["model"], buffers, len(sites))
-        del buffers
+        model = SharedModel(task["model"], buffers.result(), len(sites))
         assignment = Assignment(str(task["number"]), task["task"], task["round"], task["total_rounds"], model.take)
         for site in sites:
             self._engines[site].assign(assignment, model)
             self._scripts[site].wake()
+        delivery.reply()
 
     def _cancel(self, delivery: Delivery) -> None:
         fields = delivery.value()

@@ -13,7 +13,7 @@ from flarebus.errors import JobFailed, QuorumNotReached
 from flarebus.model import FLModel, MetaKey, ParamsType
 from flarebus.workflow.aggregator import ModelAggregator
 from flarebus.workflow.mean import WeightedMean
-from flarebus.workflow.params import as_array, flatten, rebuild, restore
+from flarebus.workflow.params import as_array, flatten, is_number_dtype, rebuild, restore
 
 __all__ = ["CustomMean"]
 
@@ -76,25 +76,27 @@ class CustomMean:
         unknown = steps.keys() - leaves.keys()
         if unknown:
             raise JobFailed(f"the aggregator's difference has a {min(unknown)!r}, which the model has not")
-        new: dict[str, Any] = {}
-        for name, step in steps.items():
-            try:
-                new[name] = _sum(leaves[name], step, out.get(name))
-            except (TypeError, ValueError) as error:
-                raise JobFailed(f"the aggregator's difference does not fit the model's {name!r}: {error}") from error
-        return rebuild(model, new)
+        return rebuild(model, {name: _sum(name, leaves[name], step, out.get(name)) for name, step in steps.items()})
 
 
-def _sum(leaf: Any, step: Any, out: NDArray[Any] | None) -> Any:
+def _sum(name: str, leaf: Any, step: Any, out: NDArray[Any] | None) -> Any:
     base, change = as_array(leaf), as_array(step)
     if base is None and isinstance(leaf, numbers.Number) and isinstance(step, numbers.Number):
         return leaf + step  # type: ignore[operator]  # numbers add up
-    if base is None or change is None or base.shape != change.shape:
-        raise TypeError(f"{_shown(leaf)} and {_shown(step)}")
-    if base.dtype.kind in "iu" and change.dtype.kind == "f":
-        change = np.rint(change).astype(base.dtype)
-    total = np.add(base, change, out=out, casting="same_kind", dtype=base.dtype)
-    return restore(np.asarray(total), leaf)
+    if base is None or change is None or base.shape != change.shape or not _adds_to(change.dtype, base.dtype):
+        told = f"the model has {_shown(leaf)}, the difference {_shown(step)}"
+        raise JobFailed(f"the aggregator's difference does not fit in {name!r}: {told}")
+    total = np.empty(base.shape, base.dtype) if out is None else out
+    if change.dtype == base.dtype:
+        np.add(base, change, out=total)
+    else:
+        exact = base + change
+        np.copyto(total, np.rint(exact) if base.dtype.kind in "iu" else exact, casting="unsafe")
+    return restore(total, leaf)
+
+
+def _adds_to(change: np.dtype[Any], base: np.dtype[Any]) -> bool:
+    return is_number_dtype(change) and is_number_dtype(base) and (change.kind != "c" or base.kind == "c")
 
 
 def _shown(leaf: Any) -> str:

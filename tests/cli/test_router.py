@@ -64,7 +64,7 @@ def test_routers_chain(tmp_path: Path) -> None:
     with router("--bind", "tcp://127.0.0.1:*") as (_, upper):
         bind = f"ipc://{tmp_path}/bus"
         with router("--bind", bind, "--upstream", upper["bound"]) as (process, lower):
-            assert lower == {"bound": bind, "upstream": upper["bound"], "curve": False}
+            assert lower == {"bound": bind, "endpoints": [bind], "upstream": upper["bound"], "curve": False}
             with closing(answering("low", lower["bound"])) as low, closing(answering("high", upper["bound"])):
                 assert ask(low, "high") == 42
             process.terminate()

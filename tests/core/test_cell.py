@@ -139,12 +139,18 @@ def test_a_channel_keeps_order(bus: Bus) -> None:
 def test_a_slow_handler_holds_up_its_own_channel_only(bus: Bus) -> None:
     """While one channel's handler works, another's answers, and what waits is counted."""
     asker, answerer = bus.near(), bus.far()
-    go_on = threading.Event()
-    answerer.on("slow", "wait", lambda _: go_on.wait(WAIT_S))
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait(_: Delivery) -> bool:
+        begun.set()
+        return go_on.wait(WAIT_S)
+
+    answerer.on("slow", "wait", wait)
     answerer.on("quick", "echo", echo)
 
     slow = [asker.request("answerer", "slow", "wait") for _ in range(3)]
     assert value_of(asker.request("answerer", "quick", "echo", 1)) == 1
+    assert begun.wait(WAIT_S)
     assert answerer.statistics().queued == {"slow": 2, "quick": 0}
     assert asker.statistics().requests_waiting == 3
     go_on.set()

@@ -404,8 +404,12 @@ def test_words_of_a_router_are_understood() -> None:
                 (Verb.HELLO, b""),
                 (b"\x00nonsense", b"\x01"),
                 (Verb.WHO, b""),
+                # Asked before its answer came: once is enough.
+                (Verb.WHO, b""),
+                (Verb.PING, b""),
                 (Verb.WELCOME, b""),
                 (Verb.BYE, b""),
+                (Verb.PING, b""),
                 (Verb.PING, b""),
             ):
                 dial._hear(verb, body)
@@ -421,7 +425,7 @@ def test_words_of_a_router_are_understood() -> None:
     left = "ipc:///nowhere/at/all: the router has left"
     assert owner.told == ["up", ("gone", ["site-1", "site-2"]), ("back", ["site-3"]), "up", left]
     hello = (Verb.HELLO, b"owner")
-    assert said == [(Verb.PONG, b""), hello, hello, (Verb.BYE, b"")]
+    assert said == [(Verb.PONG, b""), hello, hello]
 
 
 def test_a_dial_that_cannot_be_is_refused() -> None:

@@ -114,11 +114,11 @@ def test_a_listening_socket_with_keys(context: zmq.Context[Any]) -> None:
 
 
 def test_a_dialling_socket(context: zmq.Context[Any]) -> None:
-    """It backs off when it dials again, counts as sent only what has a connection, and nobody can guess its id."""
+    """It backs off when it dials again, keeps what has come in when a connection ends, and nobody can guess its id."""
     socket = dealer(context, None)
 
     assert socket.type == zmq.DEALER
-    assert socket.getsockopt(zmq.IMMEDIATE) == 1
+    assert socket.getsockopt(zmq.IMMEDIATE) == 0
     assert socket.getsockopt(zmq.RECONNECT_IVL) == 250
     assert socket.getsockopt(zmq.RECONNECT_IVL_MAX) == 30_000
     ids = {dealer(context, None).getsockopt(zmq.ROUTING_ID) for _ in range(10)}
@@ -172,7 +172,7 @@ ENDPOINTS = {
 @pytest.mark.parametrize(("endpoint", "wrong"), ENDPOINTS.items(), ids=ENDPOINTS)
 @pytest.mark.parametrize("check", [check_bind, check_dial])
 def test_endpoints_are_checked(check: Callable[[str, Any], None], endpoint: str, wrong: str) -> None:
-    """An endpoint that is none, or that strangers could reach without keys, is refused, whether to listen or to dial."""
+    """An endpoint that is none, or that strangers could reach without keys, is refused, to listen and to dial."""
     if not wrong:
         check(endpoint, None)
         return
@@ -203,7 +203,7 @@ def test_a_guard_holds_a_place(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="another live process listens here"):
         IpcGuard(endpoint)
     code = f"from flarebus.sockets import IpcGuard; IpcGuard({endpoint!r})"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT_S)
+    other = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=WAIT_S)
     assert "another live process listens here" in other.stderr
 
     guard.release()

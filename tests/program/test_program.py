@@ -144,7 +144,9 @@ def test_a_site_that_fails(job: list[str]) -> None:
     assert "the data of this site are broken" in err
     assert "Traceback" not in err
     assert str(Path(found["run_dir"]) / "server" / "log.txt") in err
-    assert "Traceback" in (Path(found["run_dir"]) / "site-1" / "log.txt").read_text()
+    # The job ends with the first of the two that fails; the other may not have come to its turn.
+    logs = [(Path(found["run_dir"]) / site / "log.txt") for site in ("site-1", "site-2")]
+    assert any("Traceback" in log.read_text() for log in logs if log.exists())
 
 
 @pytest.mark.parametrize(

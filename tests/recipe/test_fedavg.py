@@ -185,7 +185,7 @@ def test_what_a_custom_aggregator_would_ignore_is_refused(make, parameter):
         {"command": "torchrun"},
         {"launch_once": False},
         {"shutdown_timeout": 1.0},
-        {"model_persistor": object()},
+        {"model_persistor": "a persistor"},
         {"framework": FrameworkType.TENSORFLOW},
         {"per_site_config": {"s1": {"launch_external_process": True}}},
         {"per_site_config": {"s1": {"command": "torchrun"}}},

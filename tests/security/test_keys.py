@@ -66,7 +66,7 @@ def test_a_key_is_written_through_no_link(tmp_path: Path) -> None:
     """A link in the place of a key file is not followed, wherever it leads."""
     (tmp_path / "x.key").symlink_to(tmp_path / "elsewhere")
 
-    with pytest.raises(OSError, match="exists|links"):
+    with pytest.raises(OSError, match=r"exists|links"):
         KeyPair.generate().save(tmp_path, "x")
 
     assert not (tmp_path / "elsewhere").exists()

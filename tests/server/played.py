@@ -120,6 +120,10 @@ class PlayedHost:
         """Answer, and wait for what the server says: accepted or not, and why."""
         return told(self.send(site, number, result))
 
+    def settled(self) -> None:
+        """Return when the job has heard all that this host said before."""
+        assert self.answer(self.sites[0], -1, "") == (False, "the round is closed")
+
     def mute(self) -> None:
         """From now on serve nobody who pulls: results stay on their way."""
         self.cell._carrier._serve = lambda *_: None  # type: ignore[method-assign]

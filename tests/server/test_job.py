@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Iterator
 from functools import partial
 from random import Random
@@ -212,6 +213,19 @@ def test_in_order_is_the_order_of_names(
 
     assert running.result(LIMIT_S) == [f"s{i}" for i in range(7) if i not in faulty]
     assert all(accepted for accepted, _ in answers)
+
+
+def test_nobody_is_waited_for_beyond_the_deadline_for_the_sake_of_order(bus: Bus, host: PlayedHost) -> None:
+    """When time is up the results that came are used in order, though one before them is missing."""
+    running = bus.collect(in_order=True, min_responses=2, timeout=30)
+    number = host.take().number
+    sent = [host.send(site, number, update(1)) for site in "cb"]
+    host.settled()
+    assert not running.done()
+    bus.pass_time(30)
+
+    assert running.result(LIMIT_S) == ["b", "c"]
+    assert [told(each) for each in sent] == [(True, "")] * 2
 
 
 def federated(order: list[int], archive: MemoryArchive, deterministic: bool = True) -> np.ndarray:
@@ -491,6 +505,52 @@ def test_a_host_that_dies_while_its_result_is_fetched_gets_the_task_again(bus: B
     assert running.result(LIMIT_S) == ["b", "d", "c", "a"]
 
 
+def test_a_death_is_heard_before_its_consequences(bus: Bus, host: PlayedHost) -> None:
+    """A result lost with its host fails nobody, though the controller was busy while it died."""
+    other = bus.host("worker-2", "d")
+    busy, go_on = threading.Event(), threading.Event()
+
+    def run() -> list[str]:
+        found = []
+        for result in bus.job.broadcast(task(), sites=["a", "d"]):
+            found.append(result.site)
+            busy.set()
+            assert go_on.wait(LIMIT_S)
+        return found
+
+    running = bus.start(run)
+    number = host.take().number
+    host.mute()
+    host.send("a", number, update(1, BIG))
+    fetching(bus, 1)
+    sent = other.send("d", number, update(1))
+    assert busy.wait(LIMIT_S)
+    host.die()
+    go_on.set()
+    assert told(sent) == (True, "")
+
+    again = bus.back("worker-1", *SITES)
+    assert again.take().sites == ["a"]
+    assert again.answer("a", number, update(1)) == (True, "")
+    assert running.result(LIMIT_S) == ["d", "a"]
+
+
+def test_a_host_that_joins_again_is_another_one(bus: Bus, host: PlayedHost) -> None:
+    """A join tells that what the host offered before is lost, even if nobody saw it die; what is here is not."""
+    running = bus.collect(in_order=True)
+    number = host.take().number
+    host.send("b", number, update(1, BIG))
+    small = host.send("c", number, update(1))
+    host.settled()
+    host.join()
+
+    assert host.take().sites == ["a", "b"]
+    for site in ("b", "a"):
+        host.send(site, number, update(1))
+    assert running.result(LIMIT_S) == ["a", "b", "c"]
+    assert told(small) == (True, "")
+
+
 @pytest.mark.parametrize("in_order", [False, True])
 def test_a_result_that_is_here_outlives_its_host(bus: Bus, host: PlayedHost, in_order: bool) -> None:
     """What was fetched before its host died counts, even if the host never comes back."""
@@ -506,7 +566,7 @@ def test_a_result_that_is_here_outlives_its_host(bus: Bus, host: PlayedHost, in_
     number = host.take().number
     if in_order:
         sent = host.send("a", number, update(1))
-        host.join()  # heard after the result, which now waits for its turn
+        host.settled()  # the result waits for its turn
     else:
         assert host.answer("a", number, update(1)) == (True, "")
     bus.job.host_died(end_of(host, will_restart=False), lambda: None)
@@ -631,7 +691,7 @@ def test_abort_ends_a_round(bus: Bus, host: PlayedHost) -> None:
     running = bus.collect(in_order=True)
     number = host.take().number
     waiting = host.send("b", number, update(1, BIG))
-    bus.wait_for("round_started")
+    host.settled()  # the result waits for its turn
     bus.job.abort("user")
     bus.job.abort("somebody else")
 
@@ -647,8 +707,9 @@ def test_a_controller_that_fails_keeps_nobody_waiting(bus: Bus, host: PlayedHost
     held: list[Result] = []
 
     def run() -> None:
+        results = bus.job.broadcast(task(size=BIG))
         try:
-            for result in bus.job.broadcast(task(size=BIG)):
+            for result in results:
                 held.append(result)
                 raise ValueError("boom")
         finally:
@@ -681,6 +742,19 @@ def test_after_the_end_whoever_comes_late_is_answered(bus: Bus, host: PlayedHost
     assert host.answer("b", number, update(1)) == (False, "the round is closed")
     host.cell.request("server.job", "metric", "records", {"records": [{"key": "loss"}], "dropped": 0}).result(LIMIT_S)
     assert bus.archive.records == [{"key": "loss"}]  # type: ignore[union-attr]
+    bus.job.host_died(end_of(host), lambda: pytest.fail("started again for nothing"))
+    with pytest.raises(RemoteError, match="the job has ended"):
+        host.join()
+
+
+def test_too_many_bytes_of_metrics_are_not_fetched(bus: Bus, host: PlayedHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metric records far beyond any use are refused before memory is given to them."""
+    monkeypatch.setattr(server_job, "RECORDS_BYTES", 1000)
+    batch = {"records": [{"value": np.zeros(BIG)}], "dropped": 0}
+    with pytest.raises(RemoteError, match="at most 1000 at once"):
+        host.cell.request("server.job", "metric", "records", batch).result(LIMIT_S)
+
+    assert bus.cell.statistics().bytes_pulled == 0
 
 
 @pytest.mark.parametrize("batch", [None, 3, {}, {"records": 3}, {"records": [3], "dropped": "x"}], ids=str)

@@ -56,6 +56,8 @@ def test_the_last_taker_gets_the_hosts_own_memory() -> None:
     assert np.shares_memory(weights(last), own)
     assert weights(second).tolist() == weights(last).tolist() == list(range(1000))
     assert all(weights(each).flags.writeable for each in (first, second, last))
+    del own, last
+    memory.clear()  # raises while anybody holds a view of it
 
 
 def test_who_drops_out_is_no_taker() -> None:
@@ -68,7 +70,7 @@ def test_who_drops_out_is_no_taker() -> None:
     model, memory = shared(2)
     model.drop()
     model.drop()
-    memory.clear()  # raises while anybody holds a view of it
+    memory.clear()
 
 
 def test_takers_on_many_threads_share_nothing() -> None:
@@ -224,6 +226,24 @@ def test_a_task_at_work_is_not_taken_away(server: Server) -> None:
     assert server.notes == ["the server did not use the result: the round is closed"]
 
 
+def test_a_task_cancelled_before_the_script_saw_it_is_taken_back(server: Server) -> None:
+    """A task that was fetched, but not seen for want of a turn, goes without a word; the next one comes."""
+    server.assign(3)
+    task = server.engine.next_task(0)
+    assert task is not None
+    assert server.engine.still_wanted(task)
+    server.engine.cancel(3)
+    assert not server.engine.still_wanted(task)
+    server.assign(4)
+    task = server.engine.next_task(0)
+
+    assert task is not None
+    assert task.task_id == "4"
+    assert server.engine.still_wanted(task)
+    server.settled()
+    assert server.results.empty()
+
+
 def test_the_end_wakes_everybody_for_good(server: Server) -> None:
     """All threads that wait for a task hear the end, and later ones do not wait; the first reason stays."""
     waiting = [on_thread(lambda: server.engine.next_task(None)) for _ in range(3)]
@@ -231,7 +251,9 @@ def test_the_end_wakes_everybody_for_good(server: Server) -> None:
     server.engine.end("again")
 
     assert [each.result(LIMIT_S) for each in waiting] == [None] * 3
-    server.assign(3)
+    model, memory = shared(1)
+    server.assign(3, model)
+    memory.clear()
     assert server.engine.next_task(None) is None
     assert (server.engine.ended, server.engine.has_task) == ("completed", False)
 
@@ -347,6 +369,16 @@ def test_a_script_that_never_asked_fails_the_task_that_waits(server: Server) -> 
     assert server.results.empty()
 
 
+def test_a_task_that_waits_at_the_end_is_let_go(server: Server) -> None:
+    """The end of the job frees a model that nobody fetched."""
+    model, memory = shared(1)
+    server.assign(3, model)
+    server.engine.end("completed")
+
+    memory.clear()
+    assert not server.engine.has_task
+
+
 def test_nothing_is_reported_after_the_end(server: Server) -> None:
     """When the job has ended nobody is told of failures any more."""
     server.assign(3)
@@ -432,11 +464,12 @@ def test_flush_waits_for_all_that_was_put(server: Server, monkeypatch: pytest.Mo
         assert found == list(range(7))
 
 
-def test_flush_gives_up_in_time(server: Server) -> None:
-    """A server that does not answer keeps nobody, and one that is gone even less."""
+def test_flush_gives_up_in_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that does not answer keeps nobody, and one that is gone even less, whatever waits."""
+    monkeypatch.setattr(site_engine, "BATCH_RECORDS", 1)
     server.outbox.flush(LIMIT_S)
-    server.outbox.put({"value": 0})
-    server.outbox.put({"value": 1})
+    for number in range(100):
+        server.outbox.put({"value": number})
     server.outbox.flush(0)
     server.cell.close()
     server.outbox.flush(LIMIT_S)
@@ -444,3 +477,14 @@ def test_flush_gives_up_in_time(server: Server) -> None:
     for number in range(2):
         server.outbox.put({"value": number})
     server.outbox.flush(LIMIT_S)
+
+
+def test_what_waits_is_lost_at_once_when_this_end_is_closed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing the cell ends thousands of waiting records as easily as one."""
+    monkeypatch.setattr(site_engine, "BATCH_RECORDS", 1)
+    for number in range(5000):
+        server.outbox.put({"value": number})
+    server.host.close()
+    server.outbox.flush(LIMIT_S)
+
+    assert not server.outbox._waiting

@@ -9,7 +9,8 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType
@@ -18,10 +19,11 @@ from typing import Any
 import pytest
 
 from flarebus.cell import Cell
-from flarebus.client.engine import seat_of_caller
+from flarebus.client import engine as client_engine
 from flarebus.errors import FlarebusError, QuorumNotReached
 from flarebus.job.kinds import ExchangeFormat, FrameworkType, TransferType
 from flarebus.job.site_config import SiteConfig
+from flarebus.site import engine as site_engine
 from flarebus.site.host import HostedSite, SiteHost
 from flarebus.site.log_config import LogConfig
 from tests.server.played import BIG, LIMIT_S, SERVER, Bus, task, update
@@ -93,7 +95,9 @@ class Hosted:
 
     def _run(self, host: SiteHost) -> None:
         try:
-            self.over.set_result(host.run())
+            host.run()
+            self.cell.close()
+            self.over.set_result(None)
         except BaseException as error:
             self.over.set_exception(error)
 
@@ -115,6 +119,13 @@ class Hosted:
         self.bus.close()
 
 
+def until(is_true: Callable[[], bool]) -> None:
+    """Return when something holds that is on its way."""
+    deadline = time.monotonic() + LIMIT_S
+    while not is_true():
+        assert time.monotonic() < deadline
+
+
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
     made = Gate()
@@ -131,6 +142,7 @@ def hosted(tmp_path: Path, gate: Gate) -> Iterator[Hosted]:
     gate.open.set()
     made.close()
     assert (sys.argv, os.getcwd(), sys.path, sys.modules["__main__"], sys.stdout, sys.stderr) == before
+    assert client_engine._fallback is None
 
 
 @pytest.mark.parametrize("size", [4, BIG], ids=["inline", "transfer"])
@@ -170,18 +182,21 @@ def test_a_host_serves_its_own_sites_only(hosted: Hosted, gate: Gate) -> None:
     payload = hosted.bus.cell.share(task().model, ("worker-1",))
     fields = {"number": 1, "task": "train", "round": 0, "total_rounds": 1, "sites": ["x", "a"], "model": payload.body}
     hosted.bus.cell.request("worker-1", "task", "assign", fields, payload=payload).result(LIMIT_S)
-    hosted.bus.cell.notify("worker-1", "task", "cancel", {"number": 1, "sites": ["x"]})
+    cancelled = hosted.bus.cell.request("worker-1", "task", "cancel", {"number": 1, "sites": ["x"]})
 
+    assert cancelled.result(LIMIT_S).value() is None
     assert gate.seen.get(timeout=LIMIT_S) == ("a", 0, [0.0, 0.0])
 
 
 def test_a_task_that_was_cancelled_is_not_begun(hosted: Hosted, gate: Gate) -> None:
     """A site that waited for its turn while the round was closed does not train for it, but for the next."""
-    hosted.start("a", "b")
+    host = hosted.start("a", "b")
+    assert len(hosted.bus.collect().result(LIMIT_S)) == len([gate.seen.get() for _ in range(2)])
     other = hosted.bus.host("worker-2", "z")
     gate.open.clear()
     running = hosted.bus.collect(min_responses=1, timeout=10)
     first, _, _ = gate.seen.get(timeout=LIMIT_S)
+    until(lambda: not any(engine.has_task for engine in host._engines.values()))
     other.answer("z", other.take().number, update(1))
     hosted.bus.pass_time(10)
     assert running.result(LIMIT_S) == ["z"]
@@ -255,19 +270,29 @@ def test_models_nobody_fetches_do_not_pile_up(hosted: Hosted, gate: Gate) -> Non
     assert pool.leased_bytes <= 4 * BIG
 
 
-def test_metrics_reach_the_server_before_the_host_returns(hosted: Hosted) -> None:
-    """Whatever a script logged, to its last line, is at the server when its host is done."""
-    text = SCRIPT + 'flare.log("last", 1.0, flare.AnalyticsDataType.SCALAR)\n'
+def test_metrics_reach_the_server_before_the_host_returns(hosted: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a script logged, to its last line, is at the server when its host is done and its cell is closed."""
+    monkeypatch.setattr(site_engine, "BATCH_RECORDS", 1)
+    flush, flushed = site_engine.MetricOutbox.flush, []
+
+    def noted(outbox: site_engine.MetricOutbox, timeout: float) -> None:
+        assert hosted.host is not None
+        flushed.append([script.is_running for script in hosted.host._scripts.values()])
+        flush(outbox, timeout)
+
+    monkeypatch.setattr(site_engine.MetricOutbox, "flush", noted)
+    text = SCRIPT + 'for _ in range(9):\n    flare.log("last", 1.0, flare.AnalyticsDataType.SCALAR)\n'
     text = text.replace("    flare.send", '    flare.log("lr", 0.1, flare.AnalyticsDataType.SCALAR)\n    flare.send')
     hosted.start("a", "b", text=text)
     hosted.bus.collect().result(LIMIT_S)
     hosted.end()
 
+    assert flushed == [[False, False]]
     records = hosted.bus.archive.records  # type: ignore[union-attr]
     assert sorted((record["site"], record["key"], record["round"]) for record in records) == [
-        ("a", "last", None),
+        *[("a", "last", None)] * 9,
         ("a", "lr", 0),
-        ("b", "last", None),
+        *[("b", "last", None)] * 9,
         ("b", "lr", 0),
     ]
 
@@ -309,7 +334,7 @@ def test_a_server_that_is_not_there_is_an_error(hosted: Hosted, tmp_path: Path) 
 
     with pytest.raises(FlarebusError, match="no such cell"):
         host.run()
-    assert seat_of_caller() is None
+    assert client_engine._fallback is None
 
 
 def test_scripts_end_when_the_server_is_gone(tmp_path: Path, gate: Gate, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from flarebus.errors import ConfigError
-from flarebus.job.journal import Journal
+from flarebus.job.journal import Journal, append_metrics
 from tests.system.observed import ONE, ObservedRun
 
 MB = 1_000_000
@@ -57,7 +58,7 @@ class SmallDisk:
 
 
 def _full(*_: Any) -> None:
-    raise OSError(errno.ENOSPC, FULL)
+    raise OSError(errno.ENOSPC, FULL, "/the/file")
 
 
 @pytest.fixture
@@ -93,7 +94,8 @@ def test_a_disk_that_fills_up(
     observed.start(ONE.format(body=""), size=size, num_rounds=100_000, env=on(disk, observed))
 
     assert observed.end() == "failed"
-    assert "full" in observed.reason or FULL in observed.reason
+    assert FULL in observed.reason
+    assert "/" in observed.reason  # which file it was
     rounds, _ = observed.journal()
     assert len(rounds) >= 3
     assert set(observed.model()) == {float(len(rounds))}
@@ -113,6 +115,23 @@ def test_no_room_for_results(observed: ObservedRun, disk: SmallDisk) -> None:
     (reason,) = observed.complaints().values()
     assert f"its result could not be fetched: [Errno {errno.ENOSPC}] {FULL}" in reason
     assert set(observed.model()) == {1.0}
+
+
+def test_half_a_line_is_taken_back(tmp_path: Path) -> None:
+    """When the disk takes only the beginning of a line of metrics, nothing of it stays."""
+    path = tmp_path / "metrics.jsonl"
+    append_metrics(path, {"round": 0})
+    before = path.read_text()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Like a disk with room for ten more bytes.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            append_metrics(path, {"round": 1, "metrics": {"loss": 0.5}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    assert path.read_text() == before
 
 
 def test_a_workspace_that_cannot_be_written(tmp_path: Path, disk: SmallDisk, observed: ObservedRun) -> None:

@@ -31,13 +31,24 @@ STUCK = ONE.format(
         threading.Event().wait()
 """
 )
+# The same, and not even another thread of the process can run, as in a library that does not let go of Python's lock.
+STUCK_IN_C = STUCK.replace("threading.Event().wait()", "__import__('ctypes').PyDLL(None).pause()")
+# One that goes on with the third round when a file is there.
+GATE = ONE.format(
+    body="""
+    import os, time
+    while model.current_round == 2 and not os.path.exists("../../../gate"):
+        time.sleep(0.01)
+"""
+)
 
 
 class Program:
     """`python -m workflows.fedavg` in a process group of its own, as a terminal would have it."""
 
-    def __init__(self, folder: Path, script: str, *argv: str) -> None:
-        self.run_dir = folder / "runs" / "fedavg"
+    def __init__(self, folder: Path, script: str, *argv: str, stdout: int = subprocess.DEVNULL) -> None:
+        name = argv[argv.index("--name") + 1] if "--name" in argv else "fedavg"
+        self.run_dir = folder / "runs" / name
         self._err: list[str] = []
         script_path, model = folder / "client.py", folder / "zeros.npz"
         script_path.write_text(script)
@@ -46,7 +57,7 @@ class Program:
         self.argv += ["--threads", "2", "--key-metric", "loss", "--workspace", str(folder / "runs"), *argv]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "workflows.fedavg", *self.argv],
-            stdout=subprocess.DEVNULL,
+            stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
@@ -69,11 +80,22 @@ class Program:
         wait_until(lambda: text in self.err or self.process.poll() is not None, text)
         assert text in self.err
 
+    def wait_for_output(self, text: str) -> None:
+        """Read its standard output up to a line with this."""
+        assert self.process.stdout is not None
+        assert any(text in line for line in self.process.stdout), self.err
+
     def wait_for_file(self, *names: str) -> None:
         """Wait for a file below its run folder."""
         path = self.run_dir.joinpath(*names)
         wait_until(lambda: path.exists() or self.process.poll() is not None, str(path))
         assert path.exists(), self.err
+
+    def wait_for_rounds(self, number: int) -> None:
+        """Wait until so many rounds are committed, their lines of metrics included."""
+        self.wait_for_file("server", "metrics.jsonl")
+        path = self.run_dir / "server/metrics.jsonl"
+        wait_until(lambda: path.read_text().count("\n") >= number, f"{number} rounds")
 
     def interrupt(self) -> None:
         """Press Ctrl-C: a terminal signals the whole group."""
@@ -101,8 +123,9 @@ class Program:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.end()
-        assert self.process.stderr is not None
-        self.process.stderr.close()
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
 
 
 @pytest.fixture
@@ -110,8 +133,8 @@ def start(tmp_path: Path, sockets: Path, mark: str) -> Iterator[type[Program]]:
     """Starts programs; they are gone at the end of the test."""
     started: list[Program] = []
 
-    def begin(script: str, *argv: str) -> Program:
-        started.append(Program(tmp_path, script, *argv))
+    def begin(script: str, *argv: str, **options: int) -> Program:
+        started.append(Program(tmp_path, script, *argv, **options))
         return started[-1]
 
     yield begin
@@ -127,7 +150,7 @@ def gone(mark: str) -> None:
 def test_ctrl_c(start, sockets: Path, mark: str) -> None:
     """Ctrl-C ends the job in an orderly way: code 130, what was committed is kept, and nothing else is left."""
     program = start(ADD, "--rounds", "100000")
-    program.wait_for_file("server", "metrics.jsonl")
+    program.wait_for_rounds(1)
 
     program.interrupt()
 
@@ -148,6 +171,7 @@ def test_ctrl_c_twice(start, sockets: Path, mark: str) -> None:
     """A second Ctrl-C does not wait for a script that does not come to its end; nothing but the model is left."""
     program = start(STUCK, "--rounds", "4", "--json")
     program.wait_for_file("site-1", "stuck")
+    program.wait_for_rounds(2)
 
     program.interrupt()
     program.wait_for("interrupt again to leave at once")
@@ -162,10 +186,34 @@ def test_ctrl_c_twice(start, sockets: Path, mark: str) -> None:
     assert list(sockets.iterdir()) == []
 
 
-def test_killed(start, sockets: Path, mark: str) -> None:
+def test_ctrl_c_twice_while_the_job_cannot_look_up(start, tmp_path: Path, sockets: Path, mark: str) -> None:
+    """A second Ctrl-C does not even wait for a job that is held up by the disk."""
+    program = start(GATE, "--rounds", "4", stdout=subprocess.PIPE)
+    program.wait_for_rounds(2)
+    # For 5 s nobody else can write to it; then the job would fail.
+    journal = sqlite3.connect(program.run_dir / "server/rounds.sqlite", isolation_level=None)
+    journal.execute("BEGIN IMMEDIATE")
+    (tmp_path / "gate").touch()
+    program.wait_for_output("round 3/4")
+
+    program.interrupt()
+    program.wait_for("interrupt again to leave at once")
+    program.interrupt()
+    begin = time.monotonic()
+
+    assert program.end() == 130, program.err
+    assert time.monotonic() - begin < 2
+    journal.close()
+    gone(mark)
+    assert list(sockets.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", [STUCK, STUCK_IN_C] if sys.platform == "linux" else [STUCK], ids=["idle", "in C"])
+def test_killed(start, script: str, sockets: Path, mark: str) -> None:
     """When the program is killed its workers end at once; the next run cleans up and may have the same folder."""
-    program = start(STUCK, "--rounds", "4")
+    program = start(script, "--rounds", "4")
     program.wait_for_file("site-2", "stuck")
+    program.wait_for_rounds(2)
 
     program.process.kill()
 
@@ -181,8 +229,23 @@ def test_killed(start, sockets: Path, mark: str) -> None:
     assert list(sockets.iterdir()) == []
 
 
-def test_two_runs_of_one_name(start, capfd: pytest.CaptureFixture[str]) -> None:
-    """A second run in the folder of a live one is refused by the name of that process; the first one is not harmed."""
+def test_nobody_reads_its_output(start, sockets: Path, mark: str) -> None:
+    """When its standard output is closed, as by `head`, the job ends with that reason instead of running on unseen."""
+    program = start(ADD, "--rounds", "100000", stdout=subprocess.PIPE)
+    assert program.process.stdout.readline().startswith("2 sites")
+
+    program.process.stdout.close()
+
+    assert program.end() == 1, program.err
+    gone(mark)
+    assert "nobody reads the output any more" in program.err
+    assert "Traceback" not in program.err
+    assert program.committed()[1] == "failed"
+    assert list(sockets.iterdir()) == []
+
+
+def test_two_runs_in_one_workspace(start, capfd: pytest.CaptureFixture[str]) -> None:
+    """A second run of the same name is refused and names the process of the first; one of another name is welcome."""
     program = start(STUCK, "--rounds", "4")
     program.wait_for_file("site-1", "stuck")
 
@@ -191,6 +254,9 @@ def test_two_runs_of_one_name(start, capfd: pytest.CaptureFixture[str]) -> None:
     err = capfd.readouterr().err
     assert f"--name 'fedavg': process {program.process.pid} is running a job of this name" in err
     assert "Traceback" not in err
+    other = start(ADD, "--rounds", "2", "--name", "other")
+    assert other.end() == 0, other.err
+    assert other.committed() == (2, "completed")
     assert program.process.poll() is None
     program.interrupt()
     assert program.end() == 130, program.err

@@ -219,3 +219,29 @@ def test_weights_of_zero_only(observed: ObservedRun) -> None:
 
     assert observed.end() == "failed"
     assert "no parameters, or weight 0" in observed.reason
+
+
+class BrokenAggregator:
+    """Goes wrong when it gets its first result."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def accept_model(self, model: object) -> None:
+        raise self.error
+
+    def aggregate_model(self) -> None: ...
+
+    def reset_stats(self) -> None: ...
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), SystemExit(3)], ids=repr)
+def test_an_aggregator_that_goes_wrong(observed: ObservedRun, error: BaseException) -> None:
+    """Whatever a custom aggregator raises, the job ends; the line names the error, the server's log has all of it."""
+    observed.start(ONE.format(body=""), aggregator=BrokenAggregator(error))
+
+    assert observed.end() == "failed"
+    said = f"{type(error).__name__}: {error}; the traceback is in {observed.run_dir}/server/log.txt"
+    assert observed.reason == said
+    assert "in accept_model" in observed.log("server")
+    assert observed.journal() == ([], "failed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any
@@ -84,11 +85,26 @@ def test_killed_in_the_middle_of_an_upload(observed: ObservedRun, monkeypatch: p
 @pytest.mark.parametrize("size", [4, 1_000_000])
 def test_killed_after_its_upload(observed: ObservedRun, size: int) -> None:
     """A result that is here counts, though its worker dies before the round is over."""
-    observed.on("result_accepted", lambda fields: observed.kill("worker-1") if fields["site"] == "site-1" else None)
-    observed.start(ONE.format(body=""), size=size, num_rounds=1)
+    gate = observed.folder / "gate"
+    os.mkfifo(gate)
+    body = f"""
+    if flare.get_site_name() == "site-2" and model.current_round == 0:
+        open({str(gate)!r}).read()
+    open("trained", "a").write(".")
+"""
+
+    def kill_and_go_on(fields: dict[str, Any]) -> None:
+        if fields["site"] == "site-1" and fields["round"] == 0:
+            observed.kill("worker-1")
+            gate.write_text("")  # returns when site-2 has come there
+
+    observed.on("result_accepted", kill_and_go_on)
+    observed.start(ONE.format(body=body), size=size)
 
     assert observed.end() == "completed", observed.reason
-    assert set(observed.model()) == {1.0}
+    assert set(observed.model()) == {2.0}
+    assert [line["accepted"] for line in observed.rounds()] == [["site-1", "site-2"]] * 2
+    assert (observed.run_dir / "site-1/trained").read_text() == ".."  # not once more for what was here already
 
 
 def test_killed_between_rounds(observed: ObservedRun) -> None:
@@ -122,7 +138,7 @@ def test_killed_when_it_is_not_needed_any_more(observed: ObservedRun) -> None:
 CRASH = """
     import ctypes, os
     if flare.get_site_name() == "exits":
-        print("leaving", flush=True)
+        os.write(2, b"out of memory\\n")
         os._exit(7)
     if flare.get_site_name() == "crashes":
         ctypes.string_at(0)
@@ -139,9 +155,8 @@ def test_scripts_that_take_their_worker_down(observed: ObservedRun) -> None:
     assert observed.model() == [2.0] * 4
     assert [line["accepted"] for line in observed.rounds()] == [["better", "good"]] * 2
     complaints = observed.complaints()
-    assert complaints["exits"].startswith("its worker process ended with exit code 7")
-    assert complaints["crashes"].startswith("its worker process was killed by SIGSEGV")
-    assert all(reason.endswith("3 times") for reason in complaints.values())
+    assert complaints["exits"] == "its worker process ended with exit code 7 (last output: out of memory), 3 times"
+    assert complaints["crashes"] == "its worker process was killed by SIGSEGV, 3 times"
     assert observed.rounds()[0]["refused"] == complaints
     ends = [line for line in observed.log("server").splitlines() if "worker-1." in line]
     assert (sum("exit code 7" in line for line in ends), sum("SIGSEGV" in line for line in ends)) == (3, 3)
@@ -180,3 +195,13 @@ def test_what_a_script_started_ends_with_its_worker(observed: ObservedRun) -> No
     observed.start(ONE.format(body=body))
 
     complete(observed)
+
+
+def test_one_worker_does_not_start(observed: ObservedRun) -> None:
+    """If the quorum needs the sites of a worker that never gets ready, the reason is what became of that worker."""
+    observed.on("workers_started", lambda _: observed.kill("worker-2"))
+    observed.start(ONE.format(body=""))
+
+    assert observed.end() == "failed"
+    assert observed.reason.startswith("0 usable results, 2 needed")
+    assert "site-2: its worker process was killed by SIGKILL" in observed.reason

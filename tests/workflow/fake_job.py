@@ -54,6 +54,7 @@ class FakeJob:
         self.job_id = "1" * 32
         self.sites: Sequence[str] = sorted(sites)
         self.rounds_done: list[Round] = []
+        self.pages_given: dict[str, Any] = {}
         self._answer = answer
         self._params: dict[str, Any] = {} if params is None else params
         self._first = first_round
@@ -90,7 +91,8 @@ class FakeJob:
 
     def pages(self, params: Mapping[str, Any]) -> dict[str, Any]:
         arrays = {name: value for name, value in params.items() if isinstance(value, np.ndarray)}
-        return {name: np.full_like(array, 77) for name, array in arrays.items()}
+        self.pages_given = {name: np.full_like(array, 77) for name, array in arrays.items()}
+        return self.pages_given
 
     def commit(self, round: int, params: dict[str, Any], metrics: Mapping[str, Any], *, best: bool = False) -> None:
         done = self.rounds_done[-1]

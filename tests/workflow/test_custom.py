@@ -111,6 +111,15 @@ def test_a_difference_is_added_in_the_dtype_of_the_model(dtype: Any) -> None:
     assert model["w"].tolist() == [5] * 3
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, ml_dtypes.bfloat16])
+def test_differences_may_be_finer_than_the_model(dtype: Any) -> None:
+    """What an aggregator computed in double precision is rounded to the model's dtype."""
+    found = added({"w": np.full(3, 1, dtype)}, {"w": np.full(3, 0.1)})
+
+    assert found["w"].dtype == dtype
+    assert found["w"].astype(float).tolist() == pytest.approx([1.1] * 3, rel=0.01)
+
+
 def test_differences_of_integers_are_rounded() -> None:
     """A mean of whole numbers is seldom whole: it is rounded to the nearest, as everywhere."""
     found = added({"steps": np.array([10, 10, 10])}, {"steps": np.array([0.5, 1.5, 1.6])})
@@ -135,9 +144,10 @@ def test_differences_of_nested_models_numbers_and_tensors() -> None:
     [
         ({"v": np.zeros(3)}, "v"),
         ({"w": np.zeros(4)}, "w"),
+        ({"w": np.zeros(1)}, "w"),
         ({"w": np.zeros((2, 3))}, "w"),
         ({"w": np.zeros(3, complex)}, "w"),
-        ({"w": np.array([object()] * 3)}, "w"),
+        ({"w": np.array([None] * 3)}, "w"),
         ({"w": 1.0}, "w"),
         ({"n": "text"}, "n"),
         ({"n": np.zeros(2)}, "n"),
