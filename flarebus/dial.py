@@ -101,7 +101,7 @@ class Dial:
         self._is_lost = False
         self._owes_hello = False
         self._awaits_welcome = False
-        self._socket = dealer(loop.context, keys)
+        self._socket = dealer(loop.context, keys, silence_s)
         self._monitor = self._socket.get_monitor_socket(_EVENTS)
         try:
             self._socket.connect(endpoint)

@@ -289,7 +289,7 @@ class Router:
         if keys is not None:
             # First: a socket without anybody to ask admits everybody.
             self._admission = Admission(self._loop, keys.admitted)
-        self._socket = router(self._loop.context, keys)
+        self._socket = router(self._loop.context, keys, self._silence_s)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         # The monitor comes first, so that a closed connection is known before its descriptor is used again.
         self._loop.add_reader(self._monitor, self._read_monitor)

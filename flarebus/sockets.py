@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import ipaddress
+import math
 import os
 import secrets
 import stat
@@ -18,6 +19,7 @@ from typing import NamedTuple, cast
 import zmq
 
 from flarebus.errors import ConfigError, UsageError
+from flarebus.link import SILENCE_S
 from flarebus.message import Buffer
 from flarebus.security.admission import DOMAIN
 from flarebus.security.keys import DialKeys, ListenKeys
@@ -51,21 +53,24 @@ _LAST = int(zmq.NOBLOCK)
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
-def _profile(socket: zmq.Socket[bytes]) -> None:
+def _profile(socket: zmq.Socket[bytes], silence_s: float) -> None:
     socket.linger = 0
     socket.sndhwm = socket.rcvhwm = HIGH_WATER_MARK
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
-    socket.setsockopt(zmq.HEARTBEAT_TTL, 15000)
+    if math.isfinite(silence_s):
+        socket.setsockopt(zmq.HEARTBEAT_IVL, int(silence_s * 1000 / 3))
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(silence_s * 1000))
+        socket.setsockopt(zmq.HEARTBEAT_TTL, int(silence_s * 1000))
     socket.setsockopt(zmq.HANDSHAKE_IVL, 3000)
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
 
 
-def router(context: zmq.Context[zmq.Socket[bytes]], keys: ListenKeys | None) -> zmq.Socket[bytes]:
+def router(
+    context: zmq.Context[zmq.Socket[bytes]], keys: ListenKeys | None, silence_s: float = SILENCE_S
+) -> zmq.Socket[bytes]:
     """A listening socket, not yet bound."""
     socket = context.socket(zmq.ROUTER)
-    _profile(socket)
+    _profile(socket, silence_s)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     # Ids are random, so the only newcomer with a known id is the same cell, back before its ghost was noticed.
     socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -79,10 +84,12 @@ def router(context: zmq.Context[zmq.Socket[bytes]], keys: ListenKeys | None) -> 
     return socket
 
 
-def dealer(context: zmq.Context[zmq.Socket[bytes]], keys: DialKeys | None) -> zmq.Socket[bytes]:
+def dealer(
+    context: zmq.Context[zmq.Socket[bytes]], keys: DialKeys | None, silence_s: float = SILENCE_S
+) -> zmq.Socket[bytes]:
     """A dialling socket, not yet connected, with a routing id that nobody can guess or hold twice."""
     socket = context.socket(zmq.DEALER)
-    _profile(socket)
+    _profile(socket, silence_s)
     # 1 would throw away what has come in and was not read yet when a connection ends, a goodbye among it.
     socket.setsockopt(zmq.IMMEDIATE, 0)
     socket.setsockopt(zmq.RECONNECT_IVL, 250)

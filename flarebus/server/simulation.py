@@ -7,6 +7,7 @@ Nothing listens on a network: the workers connect through a socket file in a fol
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from flarebus.address import Address
 from flarebus.cell import Cell
 from flarebus.errors import ConfigError, FlarebusError, JobAborted, JobError
 from flarebus.job.definition import JobDefinition
+from flarebus.link import SILENCE_S
 from flarebus.loop import Loop
 from flarebus.router import Router
 from flarebus.security.keys import KeyPair, ListenKeys
@@ -204,7 +206,7 @@ class Simulation:
     def _run_job(self, stack: ExitStack, archive: Archive, server_dir: Path) -> None:
         loop = Loop(f"flarebus bus {self._job.name}")
         stack.callback(loop.stop)
-        router = Router(loop)
+        router = Router(loop, math.inf if self._options.transport == "ipc" else SILENCE_S)
         stack.callback(router.close)
         address = Address("server").child(self._job.job_id)
         cell = Cell.attach(address, router, loop)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import math
 import mmap
 import os
 import signal
@@ -21,6 +22,7 @@ from typing import Any
 from flarebus.cell import Cell
 from flarebus.errors import FlarebusError
 from flarebus.job.site_config import SiteConfig
+from flarebus.link import SILENCE_S
 from flarebus.security.keys import DialKeys, KeyPair
 from flarebus.site.host import HostedSite, SiteHost
 from flarebus.site.log_config import LogConfig
@@ -41,7 +43,11 @@ def main() -> int:
     config = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_watch_parent, name="flarebus parent", daemon=True).start()
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    cell = Cell.dial(config["address"], config["endpoint"], _keys(config["keys"]), config["aliases"])
+    # On one machine a closed connection says that a process is dead, and nothing else does: a script may keep this one
+    # from answering for long, a person may stop the other one and let it go on.
+    silence_s = math.inf if config["endpoint"].startswith("ipc://") else SILENCE_S
+    keys, aliases = _keys(config["keys"]), config["aliases"]
+    cell = Cell.dial(config["address"], config["endpoint"], keys, aliases, silence_s=silence_s)
     try:
         cell.wait_until_up(JOIN_S)
         _host(cell, config)
