@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import shutil
 import sqlite3
 import threading
 from pathlib import Path
@@ -44,6 +45,26 @@ def test_what_is_committed_is_found_again(path: Path) -> None:
     again.begin("job-1", "fedavg")
     assert again.state() == ("running", None)
     again.close()
+
+
+def test_a_crash_loses_no_committed_round(path: Path, tmp_path: Path) -> None:
+    """What a killed process leaves, database and log as they lie there, holds every round that was committed."""
+    journal = Journal(path)
+    journal.begin("job-1", "fedavg")
+    for round in range(3):
+        journal.commit(round, f"model-{round}", {}, ["a"], 0.0)
+        left = tmp_path / f"left-{round}"
+        left.mkdir()
+        for file in (path, path.with_name(f"{path.name}-wal")):
+            shutil.copy(file, left)
+    journal.close()
+
+    for round in range(3):
+        again = Journal(tmp_path / f"left-{round}" / path.name)
+        assert [row.model for row in again.rows()] == [f"model-{number}" for number in range(round + 1)]
+        assert again.state() == ("running", None)
+        again.commit(round + 1, "next", {}, [], 0.0)
+        again.close()
 
 
 @pytest.mark.parametrize(("done", "number"), [(0, 1), (2, 1), (2, 0), (2, 3), (0, -1)])

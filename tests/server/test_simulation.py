@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -245,14 +246,13 @@ def test_a_big_result_keeps_no_script_when_the_job_is_over(sim: Simulations, mon
 def test_a_script_that_fails_fails_the_round_by_quorum(sim: Simulations) -> None:
     """With the quorum out of reach the job fails with the cause; what was committed stays."""
     sim.gate.fail_at = ("site-2", 1)
-    with pytest.raises(
-        JobFailed, match=r"1 usable result, 2 needed \(site-2: RuntimeError: no more data \(client.py:10"
-    ):
+    cause = r"[01] usable results?, 2 needed \(site-2: RuntimeError: no more data \(client.py:10\)"
+    with pytest.raises(JobFailed, match=cause):
         sim.recipe().execute(sim.env())
 
     assert sim.model() == [1.0] * 4
     assert "Traceback" in sim.log("site-2")
-    assert "1 usable result, 2 needed" in sim.log("site-1")
+    assert re.search(cause, sim.log("site-1"))
 
 
 def test_a_script_that_fails_does_not_end_a_job_that_can_go_on(sim: Simulations) -> None:
