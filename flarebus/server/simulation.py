@@ -274,7 +274,7 @@ class Simulation:
         host = SiteHost(
             cell, server, self._job.job_id, self._hosted(self._sites), LogConfig.parse(self._log_config), console=True
         )
-        thread = threading.Thread(target=host.run, name="flarebus host", daemon=True)
+        thread = threading.Thread(target=_run_host, args=(host,), name="flarebus host", daemon=True)
         thread.start()
         reason = "the job has ended"
         try:
@@ -322,6 +322,13 @@ class Simulation:
 
     def _hosted(self, sites: Sequence[str]) -> list[HostedSite]:
         return [HostedSite(site, self.run_dir / site, self._job.site_config(site)) for site in sites]
+
+
+def _run_host(host: SiteHost) -> None:
+    try:
+        host.run()
+    except FlarebusError as error:  # it came too late to join
+        log.warning("the sites could not join: %s", error)
 
 
 @contextmanager

@@ -195,6 +195,17 @@ def test_one_that_is_killed_while_idle_is_started_again_for_long(made: Pool, mon
     assert lives(made, "turn('-'); sys.exit(1)") == 5
 
 
+def test_a_site_that_takes_its_worker_down_is_not_the_pools_to_give_up(
+    made: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ends while a site had the turn are counted by the job, for that site; the worker is started again."""
+    monkeypatch.setattr(server_pool, "MAX_RESTARTS", 2)
+    made.start("turn('worker-1-site-1'); sys.exit(1)")
+    for _ in range(6):
+        assert made.end().will_restart
+        made.pool.restart("worker-1.job")
+
+
 def test_words_of_an_earlier_life_are_not_told_again(made: Pool) -> None:
     """What a worker said before it was started again does not explain its second end."""
     made.start(

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,11 +173,19 @@ def test_events_tell_what_happens(sim: Simulations) -> None:
     assert told["job_ended"] == {"state": "completed", "reason": None}
 
 
-def test_results_may_wait_in_files(sim: Simulations) -> None:
-    """With disk offload the same model comes out, and no file of a result is left."""
+def test_results_may_wait_in_files(sim: Simulations, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With disk offload results are put into files, the same model comes out, and no file is left."""
+    make, folders = tempfile.TemporaryFile, []
+
+    def noted(dir: Path) -> Any:
+        folders.append(dir)
+        return make(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", noted)
     sim.start(BIG, enable_tensor_disk_offload=True).get_result()
 
     assert sim.model() == [3.0] * BIG
+    assert set(folders) == {sim.run_dir / "server"}
     assert sorted(path.name for path in (sim.run_dir / "server").iterdir()) == [
         "log.txt",
         "metrics.jsonl",
@@ -217,6 +226,27 @@ def test_a_run_can_be_watched_and_aborted(sim: Simulations) -> None:
     assert dict(sim.events)["job_ended"] == {"state": "aborted", "reason": "aborted by user"}
     assert sorted(sim.gate.gone) == ["site-1", "site-2"]
     assert "no more tasks: the job has ended: aborted by user" in sim.log("site-1")
+
+
+def test_a_run_can_be_aborted_before_it_does_anything(sim: Simulations, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An abort that comes before the job has looked up for the first time is heeded."""
+    reached, go_on = threading.Event(), threading.Event()
+
+    class Slow(simulation.Archive):
+        def __init__(self, *given: Any) -> None:
+            reached.set()
+            assert go_on.wait(LIMIT_S)
+            super().__init__(*given)
+
+    monkeypatch.setattr(simulation, "Archive", Slow)
+    run = sim.start()
+    assert reached.wait(LIMIT_S)
+    run.abort()
+    go_on.set()
+
+    assert run.get_result() is not None
+    assert run.get_status() == "aborted"
+    assert "round_started" not in dict(sim.events)
 
 
 def test_execute_raises_when_it_was_aborted(sim: Simulations) -> None:
