@@ -144,6 +144,10 @@ def _run(options: Options, console: Console) -> _Ending:
     except (JobAborted, KeyboardInterrupt) as error:
         outcome, at_once = _outcome(watcher, None, options), isinstance(error, _InterruptedTwice)
         return _Ending(_STOPPED, str(error) or "Ctrl-C", watcher.run_dir, outcome, at_once)
+    except ImportError as error:
+        if not isinstance(error.__cause__, KeyboardInterrupt):
+            raise
+        return _Ending(_STOPPED, "Ctrl-C")  # it came while a library in C was being loaded
     except (FlarebusError, OSError, RuntimeError) as error:
         reason = error.reason if isinstance(error, JobFailed) else str(error)
         return _Ending(_FAILED, reason, watcher.run_dir, _outcome(watcher, None, options))
