@@ -145,7 +145,7 @@ class Loop:
 
     def stop(self) -> None:
         """End the thread, close every socket and the context; returns when that is done. Idempotent, never hangs."""
-        if self._forked or not self._thread.is_alive():
+        if not self._thread.is_alive():  # nor is it in a forked child
             return
         self._stopping = True
         self._waker.wake()

@@ -79,7 +79,6 @@ def _router(
         for number in _ENDINGS:
             signal.signal(number, signal.SIG_IGN)
         statistics = asdict(router.statistics())
-        router.close()
     finally:
         loop.stop()
     if as_json:

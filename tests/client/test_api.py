@@ -542,6 +542,21 @@ def test_two_threads_that_wait_see_one_task(engine: FakeEngine) -> None:
     assert got[0] is got[1] is not None
 
 
+def test_task_cancelled_before_it_is_seen_is_passed_over(engine: FakeEngine) -> None:
+    """A task whose round is closed by the time the script gets to see it is not worked on; the next one is."""
+    flare.init()
+    engine.cancelled.add(engine.give(weights(1)))
+    engine.give(weights(2))
+
+    assert flare.is_running()
+    model = flare.receive()
+    assert model is not None
+    assert (model.params or {})["w"].tolist() == (weights(2).params or {})["w"].tolist()
+    engine.cancelled.add(engine.give(weights(3)))
+    flare.send(weights(2))
+    assert flare.receive(timeout=0) is None
+
+
 def test_task_that_is_being_answered_is_not_seen_again(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """While one thread sends, another one waits for the task after."""
     context = flare.init()

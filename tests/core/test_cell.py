@@ -363,7 +363,8 @@ def test_a_holder_that_dies_ends_the_pull(bus: Bus, monkeypatch: pytest.MonkeyPa
 
     error = error_of(pull)
     assert isinstance(error, SourceLost)
-    assert error.holder == "asker"
+    # Told so, not found out by asking for more.
+    assert (error.holder, error.reason) == ("asker", "gone")
     assert answerer.statistics().pulls_running == 0
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import closing
+from typing import Any
 
 import numpy as np
 import pytest
 
 import flarebus.dial
+import flarebus.router
 from flarebus.cell import Cell
 from flarebus.delivery import Delivery
 from flarebus.errors import Closed, ConfigError, LinkError, NoRoute
@@ -18,6 +20,7 @@ from flarebus.loop import Loop
 from flarebus.message import Buffer
 from flarebus.router import Router
 from flarebus.security.keys import DialKeys, KeyPair
+from flarebus.wire import PULL
 from tests.core.bus import WAIT_S, Bus, Cable, error_of, value_of, wait_for
 
 MIB = 1024 * 1024
@@ -64,12 +67,16 @@ def crash(loop: Loop, router: Router) -> None:
     loop.stop()
 
 
-@pytest.mark.parametrize("whose", ["asker", "answerer"])
+@pytest.mark.parametrize("whose", ["asker", "answerer", "answerer above"])
 def test_an_answer_that_was_lost_is_asked_for_again(whose: str) -> None:
     """When either end's connection breaks under a request, it is answered all the same, and was handled once."""
     with Bus("tcp") as bus, closing(Cable(bus.endpoint)) as cable:
-        asker = bus.connect("asker", cable.endpoint if whose == "asker" else bus.endpoint)
-        answerer = bus.connect("answerer", cable.endpoint if whose == "answerer" else bus.endpoint)
+        below = bus.endpoint
+        if whose == "answerer above":
+            _, lower, below = bus.add_router()
+            lower.connect(bus.endpoint)
+        asker = bus.connect("asker", cable.endpoint if whose == "asker" else below)
+        answerer = bus.connect("answerer", cable.endpoint if whose != "asker" else bus.endpoint)
         once = Once()
         answerer.on("test", "once", once)
         up = next_time_up(asker if whose == "asker" else answerer)
@@ -163,6 +170,71 @@ def test_a_router_that_crashes_loses_no_request(first: str) -> None:
 
         assert value_of(pending) == 1
         assert once.count == 1
+
+
+def test_a_request_that_found_no_router_finds_its_target() -> None:
+    """What was asked while there was no router reaches a cell that finds the next one after the asker did."""
+    with Bus() as bus:
+        asker, answerer = bus.connect("asker"), bus.connect("answerer")
+        answerer.on("test", "echo", lambda delivery: delivery.value())
+        release, up, down = hold_hello(answerer), next_time_up(asker), threading.Event()
+        assert asker._dial is not None
+        hear = asker._dial._read_monitor
+        monitor = asker._dial._monitor
+        asker._loop.run(asker._loop._readers.__setitem__, monitor, lambda: (hear(), down.set())[0])
+
+        crash(bus.loop, bus.router)
+        wait_for(down)
+        pending = asker.request("answerer", "test", "echo", 6)
+        _, router, _ = bus.add_router()
+        router.bind(bus.endpoint)
+        wait_for(up)
+        assert isinstance(error_of(asker.request("answerer", "test", "echo")), NoRoute)
+        assert not pending.is_done
+        release()
+
+        assert value_of(pending) == 6
+
+
+def test_a_holder_whose_connection_is_down_is_waited_for() -> None:
+    """What a puller asks a holder for that has no connection just then is asked again when it has one."""
+    with Bus("tcp") as bus:
+        holder, puller = bus.connect("holder"), bus.connect("puller")
+        holder.on("test", "get", lambda _: bytes(4 * MIB))
+        send, is_down = bus.router.send_to, threading.Event()
+
+        def fail_first(connection: Any, frames: Any) -> None:
+            if frames[2] == PULL and not is_down.is_set():
+                is_down.set()
+                raise NoRoute("holder", flarebus.router._DOWN)
+            send(connection, frames)
+
+        bus.router.send_to = fail_first  # type: ignore[method-assign]
+        pending = puller.request("holder", "test", "get")
+        wait_for(is_down)
+        assert not pending.is_done
+
+        assert holder._dial is not None
+        holder._loop.run(holder._dial._hello)
+
+        assert len(value_of(pending)) == 4 * MIB
+
+
+def test_what_was_given_up_is_not_sent_later() -> None:
+    """A request that failed because there was no router does not reach its target when there is one after all."""
+    with Bus("inproc") as bus:
+        endpoint = f"ipc://{bus.folder}/late"
+        cell = bus.close_later(Cell.dial("site", endpoint, silence_s=0.2))
+        up = next_time_up(cell)
+        seen: list[Any] = []
+        bus.attach("server").on("test", "note", lambda delivery: seen.append(delivery.value()))
+        assert isinstance(error_of(cell.request("server", "test", "note", "too early")), NoRoute)
+
+        bus.router.bind(endpoint)
+        wait_for(up)
+        value_of(cell.request("server", "test", "note", "in time"))
+
+        assert seen == ["in time"]
 
 
 def test_a_router_that_crashes_breaks_no_transfer() -> None:
@@ -414,6 +486,15 @@ def test_words_of_a_router_are_understood() -> None:
             ):
                 dial._hear(verb, body)
 
+        loop.run(dial._hear, Verb.WELCOME, b"")
+        # A sign of life is due when nothing was said for a third of the silence that is taken for death.
+        said.clear()
+        loop.run(dial.tick, loop.clock() + 4)
+        assert said == []
+        loop.run(dial.tick, loop.clock() + 6)
+        assert said == [(Verb.PING, b"")]
+        said.clear()
+        owner.told.clear()
         loop.run(hear)
         loop.run(dial.close)
         loop.run(dial.close)

@@ -77,6 +77,24 @@ def test_posts_from_many_threads_are_all_run(loop: Loop) -> None:
     assert sorted(seen) == [1000 * n + number for n in range(4) for number in range(500)]
 
 
+def test_a_post_wakes_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop with nothing to do sleeps for as long as nobody needs it, and is woken by a post and by its end."""
+    monkeypatch.setattr(flarebus.loop, "IDLE_S", 3600.0)
+    loop = Loop("test")
+    done: list[Any] = []
+
+    def work() -> None:
+        done.extend(loop.run(lambda n=n: n) for n in range(200))
+        loop.stop()
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    worker.join(WAIT_S)
+
+    assert done == list(range(200))
+    assert not worker.is_alive()
+
+
 def test_run_brings_the_outcome(loop: Loop) -> None:
     """`run` returns what the call returns and raises what it raises, also on the loop's own thread."""
     assert loop.run(lambda a, b: a + b, 1, 2) == 3
@@ -225,8 +243,10 @@ def test_the_end_is_told_once(loop: Loop) -> None:
 def test_it_may_be_stopped_from_within(loop: Loop) -> None:
     """A call on the loop's thread may stop it; what it posts then is refused, and nobody hangs."""
     refused: list[bool] = []
+    seen: list[int] = []
 
     def stop() -> None:
+        loop.post(seen.append, 1)
         loop.stop()
         try:
             loop.post(lambda: None)
@@ -236,7 +256,7 @@ def test_it_may_be_stopped_from_within(loop: Loop) -> None:
     loop.run(stop)
     loop._thread.join(WAIT_S)
 
-    assert refused == [True]
+    assert (refused, seen) == ([True], [1])
     assert not loop._thread.is_alive()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from tests.core.bus import WAIT_S, Bus, collector, error_of, value_of, wait_for
 
 MIB = 1024 * 1024
 NIL = encode(None).body
+# Nothing here is found out by silence.
+NEVER_S = 3600.0
 
 
 class Raw:
@@ -35,7 +38,8 @@ class Raw:
         self._context = zmq.Context()
         self.socket = self._context.socket(zmq.DEALER)
         self.socket.linger = 0
-        self.socket.rcvtimeo = self.socket.sndtimeo = int(WAIT_S * 1000)
+        self.socket.sndtimeo = int(WAIT_S * 1000)
+        self._deadline = time.monotonic() + WAIT_S
         self.socket.connect(endpoint)
 
     def __enter__(self) -> Raw:
@@ -49,6 +53,7 @@ class Raw:
         self.socket.send_multipart(frames)
 
     def hear(self) -> list[bytes]:
+        assert self.socket.poll(max(0, (self._deadline - time.monotonic()) * 1000)), "it was never said"
         return self.socket.recv_multipart()
 
     def hear_verb(self, verb: Verb) -> bytes:
@@ -81,7 +86,7 @@ class Raw:
 @pytest.fixture
 def bus() -> Iterator[Bus]:
     """A router at a socket file, with a cell in its process that echoes."""
-    with Bus() as bus:
+    with Bus(silence_s=NEVER_S) as bus:
         server = bus.attach("server")
         server.on("test", "echo", lambda delivery: delivery.value())
         server.on("test", "size", lambda delivery: delivery.nbytes)
@@ -276,7 +281,7 @@ def test_a_chunk_of_a_wrong_length_ends_the_pull(bus: Bus, spoiled: str) -> None
 
 def test_a_newer_claim_wins() -> None:
     """A process that comes back under its name is served at once; what waited for the former one is failed."""
-    with Bus("tcp") as bus:
+    with Bus("tcp", NEVER_S) as bus:
         asker, former = bus.connect("asker"), bus.connect("site")
         entered, leave = threading.Event(), threading.Event()
         former.on("test", "wait", lambda _: (entered.set(), leave.wait(WAIT_S))[0])
@@ -352,16 +357,18 @@ def test_a_peer_that_does_not_read_is_put_out(monkeypatch: pytest.MonkeyPatch) -
     """What a connection does not take is kept up to a limit; then its names are gone, and only they suffer."""
     monkeypatch.setattr("flarebus.sockets.HIGH_WATER_MARK", 4)
     monkeypatch.setattr(flarebus.router, "BACKLOG_BYTES", 3 * MIB)
-    with Bus() as bus, Raw(bus.endpoint) as peer:
+    with Bus(silence_s=NEVER_S) as bus, Raw(bus.endpoint) as peer:
         sender, other = bus.attach("sender"), bus.connect("other")
         other.on("test", "echo", lambda delivery: delivery.value())
         peer.hello("deaf")
         gone = threading.Event()
         sender.on_gone(lambda names: gone.set() if names == ["deaf"] else None)
 
-        while not gone.is_set():
+        for _ in range(1000):
             sender.notify("deaf", "test", "take", bytes(200_000))
             assert value_of(sender.request("other", "test", "echo", 1)) == 1
+            if gone.is_set():
+                break
 
         assert isinstance(error_of(sender.request("deaf", "test", "take")), NoRoute)
         assert bus.router.statistics().queued_bytes == 0
@@ -383,6 +390,36 @@ def test_a_slow_reader_gets_everything(monkeypatch: pytest.MonkeyPatch) -> None:
         sender.statistics()
         peer.settle()
         assert bus.router.statistics().queued_bytes == 0
+
+
+def test_both_ends_give_signs_of_life() -> None:
+    """A router says something at least every third of the time after which it takes silence for death."""
+    with Bus(silence_s=0.6) as bus, Raw(bus.endpoint) as peer:
+        gone = threading.Event()
+        bus.attach("watcher").on_gone(lambda names: gone.set() if names == ["raw"] else None)
+        peer.hello("raw")
+
+        for _ in range(4):
+            peer.hear_verb(Verb.PING)
+            peer.say(b"", b"", Verb.PONG, b"")
+        assert not gone.is_set()
+        wait_for(gone)
+
+
+def test_a_quick_return_is_no_loss(bus: Bus) -> None:
+    """A cell that says hello again before the end of its former connection was settled is not taken for gone."""
+    gone: list[str] = []
+    bus.attach("watcher").on_gone(gone.extend)
+    with Raw(bus.endpoint) as peer:
+        peer.hello("raw")
+        (connection,) = bus.router._connections.values()
+        bus.loop.run(bus.router._closed.append, connection)
+
+        peer.hello("raw")
+        peer.settle()
+
+        assert gone == []
+        assert bus.router.statistics().names == 3
 
 
 def test_names_come_and_go_below_a_connection(bus: Bus) -> None:
@@ -455,6 +492,8 @@ def test_one_router_may_listen_at_several_places(bus: Bus) -> None:
     other.on("test", "echo", lambda delivery: delivery.value())
 
     assert value_of(one.request("other", "test", "echo", 3)) == 3
+    # Whoever may write to a socket file may connect.
+    assert Path(bus.endpoint.removeprefix("ipc://")).stat().st_mode & 0o777 == 0o600
 
 
 def test_keys_are_for_all_endpoints(bus: Bus) -> None:

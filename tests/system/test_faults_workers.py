@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from flarebus.server import simulation
 from flarebus.transfer import Pull
 from tests.system.observed import ONE, ObservedRun
 
@@ -205,3 +206,19 @@ def test_one_worker_does_not_start(observed: ObservedRun) -> None:
     assert observed.end() == "failed"
     assert observed.reason.startswith("0 usable results, 2 needed")
     assert "site-2: its worker process was killed by SIGKILL" in observed.reason
+
+
+def test_a_script_that_does_not_let_go_of_python(observed: ObservedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A site whose script keeps its whole process from answering, for however long, misses nothing."""
+    # Over a network it would be held to be dead by then.
+    monkeypatch.setattr(simulation, "SILENCE_S", 0.5)
+    body = """
+    if model.current_round == 1 and flare.get_site_name() == "site-1":
+        __import__("ctypes").PyDLL(None).sleep(2)
+"""
+    observed.start(ONE.format(body=body), num_rounds=3)
+
+    assert observed.end() == "completed", observed.reason
+    assert observed.model() == [3.0] * 4
+    assert [line["accepted"] for line in observed.rounds()] == [["site-1", "site-2"]] * 3
+    assert observed.log("server").count("WARNING") == 0
