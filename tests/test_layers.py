@@ -22,6 +22,7 @@ LAYERS: list[tuple[str, list[str]]] = [
         "I/O shell",
         ["slab", "pending", "failure", "security", "sockets", "loop", "dial", "carrier", "router", "delivery", "cell"],
     ),
+    ("pipes", ["pipes"]),
     ("jobs and workflows", ["job", "workflow", "tracking"]),
     ("client", ["client"]),
     ("site", ["site"]),
