@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from flarebus.client.log_config import LogConfig
 from flarebus.errors import ConfigError
 from flarebus.job.checks import check_flag, check_int, check_mapping, check_text, nearest
 from flarebus.job.definition import JobDefinition
 from flarebus.recipe.env import ExecEnv
 from flarebus.recipe.validate import check_site_name
 from flarebus.recipe.workspace import RunFolder, default_root
-from flarebus.site.log_config import LogConfig
 
 __all__ = ["SimEnv", "Simulation"]
 

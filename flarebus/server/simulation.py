@@ -17,6 +17,7 @@ from typing import Any
 
 from flarebus.address import Address
 from flarebus.cell import Cell
+from flarebus.client.log_config import LogConfig
 from flarebus.errors import ConfigError, FlarebusError, JobAborted, JobError
 from flarebus.job.definition import JobDefinition
 from flarebus.link import SILENCE_S
@@ -28,7 +29,6 @@ from flarebus.server.job import ServerJob
 from flarebus.server.pool import HostEnd, WorkerPool, share_cores, spread
 from flarebus.server.socket_folder import SocketFolder
 from flarebus.site.host import HostedSite, SiteHost
-from flarebus.site.log_config import LogConfig
 
 __all__ = ["Simulation", "start_simulation"]
 

@@ -29,14 +29,13 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from flarebus.client.engine import seat_of_caller, seat_of_traceback
+from flarebus.client.log_config import MARK, LogConfig, continued, escape, without_mark
 from flarebus.errors import ConfigError
-from flarebus.site.log_config import LogConfig, escape
 
 __all__ = ["SiteLogs"]
 
 # Of a line without an end no more than this is kept waiting; then it is written as a line.
 _MAX_PENDING_CHARS = 65536
-_CONTINUED = "  | "
 
 
 class SiteLogs:
@@ -103,19 +102,26 @@ class SiteLogs:
         """Write one log record, with its traceback if it has one."""
         if record.levelno < self.config.level:
             return
-        where = f"{escape(record.threadName or '')} {escape(record.filename)}:{record.lineno}"
-        message = escape(record.getMessage())
-        lines = [self.config.line(record.created, escape(record.levelname), escape(record.name), where, message)]
-        if record.exc_info and record.exc_info[0] is not None:
-            lines += _continued("".join(traceback.format_exception(*record.exc_info)))
-        if record.stack_info:
-            lines += _continued(record.stack_info)
-        self._emit(site, lines)
+        self._emit(site, self.config.record(record))
+
+    def line(self, site: str, stream: str, text: str) -> None:
+        """Write a line that a process of the site has written: a log record as it stands, others like printed ones.
+
+        Args:
+            site: whose it is.
+            stream: ``stdout`` or ``stderr``.
+            text: without its end.
+        """
+        if text.startswith(MARK):
+            line = escape(without_mark(text))
+        else:
+            line = self._printed("STDERR" if stream == "stderr" else "INFO", text)
+        self._emit(site, [line])
 
     def note(self, site: str, level: str, message: str, details: str = "") -> None:
         """Write a line of the host about the site, and `details` indented below it."""
         line = self.config.line(self.now(), level, "flarebus.site", threading.current_thread().name, escape(message))
-        self._emit(site, [line, *_continued(details)])
+        self._emit(site, [line, *continued(details)])
 
     def _emit(self, site: str, lines: list[str]) -> None:
         with self._lock:
@@ -192,10 +198,6 @@ class SiteLogs:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _continued(text: str) -> list[str]:
-    return [_CONTINUED + escape(line) for line in text.splitlines()]
 
 
 class _Installed:

@@ -21,8 +21,8 @@ from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
 
 from flarebus.client.engine import HOST_THREAD_PREFIX, Engine, Seat, sit
+from flarebus.client.log_config import escape
 from flarebus.errors import ConfigError
-from flarebus.site.log_config import escape
 from flarebus.site.output import SiteLogs
 from flarebus.site.turn import Place, Turnstile
 

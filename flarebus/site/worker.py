@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from flarebus.cell import Cell
+from flarebus.client.log_config import LogConfig
 from flarebus.errors import FlarebusError
 from flarebus.job.site_config import SiteConfig
 from flarebus.link import SILENCE_S
 from flarebus.security.keys import DialKeys, KeyPair
 from flarebus.site.host import HostedSite, SiteHost
-from flarebus.site.log_config import LogConfig
 
 __all__ = ["TURN_BYTES", "main", "read_turn"]
 

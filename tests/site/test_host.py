@@ -20,12 +20,12 @@ import pytest
 
 from flarebus.cell import Cell
 from flarebus.client import engine as client_engine
+from flarebus.client.log_config import LogConfig
 from flarebus.errors import FlarebusError, QuorumNotReached
 from flarebus.job.kinds import ExchangeFormat, FrameworkType, TransferType
 from flarebus.job.site_config import SiteConfig
 from flarebus.site import engine as site_engine
 from flarebus.site.host import HostedSite, SiteHost
-from flarebus.site.log_config import LogConfig
 from tests.server.played import BIG, LIMIT_S, SERVER, Bus, task, update
 
 SCRIPT = """

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from flarebus.client.engine import Seat, sit
+from flarebus.client.log_config import LogConfig
 from flarebus.errors import ConfigError
-from flarebus.site.log_config import LogConfig
 from flarebus.site.output import SiteLogs
 from tests.client.fake_engine import LIMIT_S, FakeEngine
 

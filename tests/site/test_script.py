@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from flarebus.client.engine import set_fallback
+from flarebus.client.log_config import LogConfig
 from flarebus.errors import Closed, ConfigError
 from flarebus.model import FLModel
-from flarebus.site.log_config import LogConfig
 from flarebus.site.output import SiteLogs
 from flarebus.site.script import CodeCache, Outcome, SiteScript
 from flarebus.site.turn import Turnstile

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from flarebus.client.log_config import Layout, LogConfig, escape
 from flarebus.errors import ConfigError
-from flarebus.site.log_config import Layout, LogConfig, escape
 
 WHEN = time.mktime((2031, 2, 3, 4, 5, 6, 0, 0, -1)) + 0.25
 
