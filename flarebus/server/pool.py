@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import flarebus
+from flarebus.site.import_path import import_path
 from flarebus.site.worker import TURN_BYTES, read_turn
 
 __all__ = ["HostEnd", "WorkerPool", "share_cores", "spread"]
@@ -173,7 +173,7 @@ class _Worker:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, **_import_path(), **self.environ},
+                env={**os.environ, **import_path(os.environ), **self.environ},
                 start_new_session=True,
             )
         assert self.process.stdin is not None
@@ -227,13 +227,6 @@ class _Worker:
             file.seek(max(self._log_begin, end - LAST_WORDS_BYTES))  # not those of an earlier life
             lines = file.read().decode("utf-8", "replace").strip().splitlines()
         return lines[-1].strip()[:300] if lines else ""
-
-
-def _import_path() -> dict[str, str]:
-    """Let the worker import the very flarebus that runs here, installed or not."""
-    source = str(Path(flarebus.__file__).parent.parent)
-    before = os.environ.get("PYTHONPATH")
-    return {"PYTHONPATH": source if not before else os.pathsep.join((source, before))}
 
 
 def spread(sites: Sequence[str], workers: int) -> list[list[str]]:

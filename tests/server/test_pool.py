@@ -95,7 +95,8 @@ def test_workers_get_configuration_and_environment(made: Pool, monkeypatch: pyte
     made.end()
 
     source = Path(flarebus.__file__).parent.parent
-    assert made.said() == [f"worker-1.job ['-c'] 3 {source}{os.pathsep}/somewhere"]
+    places = os.pathsep.join((str(source), str(source / "pipes"), "/somewhere"))
+    assert made.said() == [f"worker-1.job ['-c'] 3 {places}"]
 
 
 def test_a_worker_leads_a_group_of_its_own(made: Pool) -> None:
