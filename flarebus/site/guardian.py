@@ -235,8 +235,9 @@ class Guardian:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, number)
-        # KILL to the group as well, for it is done in one step; never when its number might be somebody else's.
-        if not pids or (number == signal.SIGKILL and not self._has_exited):
+        # KILL to the group as well, for that is one step, which nobody forks ahead of. As long as one of ours is in it
+        # its number is nobody else's.
+        if not pids or (number == signal.SIGKILL and any(_group(pid) == self._trainer for pid in pids)):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._trainer, number)
 
@@ -245,6 +246,13 @@ def _describe(status: int, max_rss: int) -> dict[str, Any]:
     code = os.waitstatus_to_exitcode(status)
     max_rss_kib = max_rss // 1024 if sys.platform == "darwin" else max_rss
     return {"code": code if code >= 0 else None, "signal": -code if code < 0 else None, "max_rss_kib": max_rss_kib}
+
+
+def _group(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except OSError:
+        return None
 
 
 def _is_group(number: int) -> bool:
