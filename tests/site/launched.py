@@ -8,9 +8,12 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import pytest
+
+from flarebus.site import launcher
 from flarebus.site.launcher import TrainerExit, TrainerProcess
 
-__all__ = ["LIMIT_S", "Launch", "Launched"]
+__all__ = ["LIMIT_S", "Launch", "Launched", "changed_guardian"]
 
 LIMIT_S = 60.0
 
@@ -85,3 +88,15 @@ class Launched:
 
 
 Launch = Callable[..., Launched]
+
+
+def changed_guardian(folder: Path, monkeypatch: pytest.MonkeyPatch, *changes: tuple[str, str]) -> None:
+    """Have trainers started by a guardian whose source was changed: each change is what stands there once, and what
+    shall stand there."""
+    source = launcher._GUARDIAN.read_text()
+    for before, after in changes:
+        assert source.count(before) == 1
+        source = source.replace(before, after)
+    path = folder / "changed_guardian.py"
+    path.write_text(source)
+    monkeypatch.setattr(launcher, "_GUARDIAN", path)

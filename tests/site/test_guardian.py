@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from flarebus.site.guardian import GRACE_S
-from tests.site.launched import LIMIT_S, Launch
+from tests.site.launched import LIMIT_S, Launch, changed_guardian
 from tests.system.observed import GONE_S, marked_processes, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -41,11 +41,15 @@ sys.path[:0] = [{root!r}]
 from flarebus.site.launcher import TrainerProcess
 
 over = threading.Event()
+
+def say(text):
+    os.write(1, text.encode() + b"\\n")  # in one piece
+
 trainer = TrainerProcess(
     [sys.executable, "-c", "import os, signal, subprocess, sys, time\\n" + {code!r}],
     folder=Path({folder!r}), environ=os.environ,
-    on_line=lambda stream, line: print(line, flush=True),
-    on_exit=lambda ended: (print(ended.describe(), flush=True), over.set()),
+    on_line=lambda stream, line: say(line),
+    on_exit=lambda ended: (say(ended.describe()), over.set()),
 )
 {body}
 """
@@ -123,7 +127,7 @@ def test_a_fork_of_the_client_job_does_not_keep_the_trainer_alive(
     jobs: list[ClientJob], mark: str, tmp_path: Path
 ) -> None:
     """A process that was forked off holds the guardian's input open; the end of the client job counts all the same."""
-    body = "fork = os.fork()\nif fork == 0:\n    signal.pause()\nprint('fork', fork, flush=True)\nover.wait()"
+    body = "fork = os.fork()\nif fork == 0:\n    signal.pause()\nsay(f'fork {fork}')\nover.wait()"
     job = ClientJob(tmp_path, FOREVER, body)
     jobs.append(job)
     fork = int(job.line().removeprefix("fork"))
@@ -138,7 +142,7 @@ def test_a_fork_of_the_client_job_does_not_keep_the_trainer_alive(
 def test_ctrl_c_does_not_reach_the_trainer(jobs: list[ClientJob], tmp_path: Path) -> None:
     """It is the client job's to decide what an interrupt of its process group means."""
     code = "print('ready', flush=True)\nwhile not os.path.exists('go'): time.sleep(0.01)\nprint('alive')"
-    body = "signal.signal(signal.SIGINT, lambda *_: print('interrupted', flush=True))\nprint('set', flush=True)\n"
+    body = "signal.signal(signal.SIGINT, lambda *_: say('interrupted'))\nsay('set')\n"
     job = ClientJob(tmp_path, code, body + "over.wait()")
     jobs.append(job)
     assert {job.line(), job.line()} == {"ready", "set"}
@@ -169,7 +173,7 @@ def test_everything_hears_that_it_shall_end(launch: Launch, mark: str, tmp_path:
         "    sys.exit(print('saved', file=notes, flush=True))\n"
         "notes = open(sys.argv[1], 'w')\n"
         "signal.signal(signal.SIGTERM, stop)\n"
-        "print(sys.argv[1], flush=True)\n" + FOREVER
+        "print(sys.argv[1] + '\\n', end='', flush=True)  # in one piece, also without a buffer\n" + FOREVER
     )
     trainer = launch(
         "for name in 'ab': subprocess.Popen([sys.executable, 'worker.py', name], start_new_session=name == 'a')\n"
@@ -207,3 +211,37 @@ def test_a_guardian_that_is_told_to_end_ends_everything(launch: Launch, mark: st
 
     assert (ended.signal, ended.guardian_end) == (signal.SIGTERM, None)
     assert marked_processes(mark) == {}
+
+
+# What it does without: see a process's children, reap grandchildren, watch a process that is not its child.
+ELSEWHERE = (
+    ("    todo = {os.getpid()}\n", "    todo = set()\n"),
+    ("    call = ctypes.CDLL(None, use_errno=True).prctl\n", "    return lambda _option, _value: False\n"),
+    ("        return os.pidfd_open(pid)\n", "        return None\n"),
+)
+GROUP = (
+    "subprocess.Popen([sys.executable, '-c', 'import signal, time\\n'"
+    f"{DEAF!r} 'print(\"ready\", flush=True)\\n' {FOREVER!r}])\n"
+)
+
+
+@pytest.mark.parametrize("how", ["it ended", "it was ended", "it was killed"])
+def test_the_process_group_is_ended_where_the_kernel_tells_less(
+    launch: Launch, mark: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Without anything that only Linux has, what is in the trainer's group is still found, and waiting has an end."""
+    changed_guardian(tmp_path, monkeypatch, *ELSEWHERE)
+    go = "while not os.path.exists('go'): time.sleep(0.01)\n" if how == "it ended" else FOREVER
+    trainer = launch(GROUP + go)
+    trainer.wait_line("ready")
+    if how == "it ended":
+        (tmp_path / "go").touch()
+    elif how == "it was ended":
+        trainer.process.end(0.2)
+    else:
+        trainer.process.kill()
+    ended = trainer.wait_exit()
+
+    expected = {"it ended": (0, None), "it was ended": (None, signal.SIGTERM), "it was killed": (None, signal.SIGKILL)}
+    assert (ended.code, ended.signal) == expected[how]
+    wait_until(lambda: not marked_processes(mark), f"gone: {marked_processes(mark)}", GONE_S)

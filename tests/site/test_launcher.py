@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import flarebus
-from flarebus.site import launcher
+from flarebus.client.log_config import MARK
 from flarebus.site.import_path import import_path
 from flarebus.site.launcher import ENV_API_TYPE, ENV_CLIENT_CONFIG, TrainerExit, trainer_environ
-from tests.site.launched import LIMIT_S, Launch, Launched
+from tests.site.launched import LIMIT_S, Launch, Launched, changed_guardian
 from tests.system.observed import GONE_S, marked_processes, wait_until
 
 FOREVER = "while True: time.sleep(60)\n"
@@ -298,6 +298,14 @@ def test_a_line_that_cannot_be_handled_is_no_end(launch: Launch, caplog: pytest.
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
 
 
+def test_last_words_are_without_marks(launch: Launch) -> None:
+    """A log record of the trainer reads as in the log, and the line comes as it was written."""
+    trainer = launch(f"os.write(2, {MARK + 'it failed'!r}.encode())")
+
+    assert trainer.wait_exit().last_words == "it failed"
+    assert trainer.lines == [("stderr", f"{MARK}it failed")]
+
+
 def test_last_words_are_of_a_bounded_size(launch: Launch) -> None:
     """The end of standard error, whole lines, not more than 4 KiB."""
     ended = launch("for n in range(2000): print(n, file=sys.stderr)\nsys.exit(1)").wait_exit()
@@ -310,11 +318,7 @@ def test_what_is_left_behind_does_not_delay_the_end(
     launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process in a session of its own holds the output open and writes on; the end is told while it still runs."""
-    patient = tmp_path / "patient.py"
-    source = launcher._GUARDIAN.read_text()
-    patient.write_text(source.replace("GRACE_S = 1.0", f"GRACE_S = {10 * LIMIT_S}"))
-    assert patient.read_text() != source
-    monkeypatch.setattr(launcher, "_GUARDIAN", patient)
+    changed_guardian(tmp_path, monkeypatch, ("GRACE_S = 1.0", f"GRACE_S = {10 * LIMIT_S}"))
     trainer = launch(
         "child = os.fork()\n"
         "if child == 0:\n"
