@@ -5,7 +5,7 @@ It holds no socket, thread or open file; files are read only by the methods that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,15 @@ class JobDefinition:
         workflow: entry-point name or dotted path of the workflow.
         workflow_settings: keyword arguments of the workflow. Held by reference, not to be changed.
         site_defaults: what a site runs that is not in `sites`.
-        sites: site name -> its own configuration. When there are any, these are the sites of the job.
+        sites: site name -> its own configuration. When there are any, these are the sites of the job, unless
+            `open_to_others`.
         code_dir: absolute folder of the main training script; where classes named by path are looked for first.
         model: `ClassRef`, a module, named arrays or a list of them, or None. Held by reference until the job starts.
         initial_ckpt: absolute path of a checkpoint to start from, or None.
         ckpt_is_bundled: whether the checkpoint is part of the job, rather than a file that the server has.
         best_model_filename: name of the best model's file, or None for the default of the framework.
         aggregator_data_kind: what a custom aggregator is given; None when that is left open.
+        open_to_others: whether sites that are not in `sites` take part as well.
         job_id: 32 hexadecimal digits once the job is started, "" before.
     """
 
@@ -58,6 +60,7 @@ class JobDefinition:
     ckpt_is_bundled: bool = False
     best_model_filename: str | None = None
     aggregator_data_kind: DataKind | None = DataKind.WEIGHTS
+    open_to_others: bool = False
     job_id: str = ""
 
     @property
@@ -74,6 +77,29 @@ class JobDefinition:
         """What `site` runs."""
         return self.sites.get(site, self.site_defaults)
 
+    def with_sites_changed(
+        self, change: Callable[[SiteConfig], SiteConfig], sites: Iterable[str] | None = None
+    ) -> JobDefinition:
+        """The same job with another configuration of all sites, or of some.
+
+        Args:
+            change: makes the new configuration of a site from the one it has.
+            sites: whose; None for all. Where any site may join, naming some does not keep the others out.
+
+        Raises:
+            ConfigError: the sites of this job are known, and one of `sites` is none of them.
+        """
+        if sites is None:
+            changed = {site: change(config) for site, config in self.sites.items()}
+            return replace(self, site_defaults=change(self.site_defaults), sites=changed)
+        is_open = self.open_to_others or not self.sites
+        named = list(sites)
+        for site in named:
+            if not is_open and site not in self.sites:
+                raise ConfigError("clients", site, f"no site of this job; {nearest(self.sites, site)}")
+        changed = {site: change(self.site_config(site)) for site in named}
+        return replace(self, sites={**self.sites, **changed}, open_to_others=is_open)
+
     def check_sites(self, sites: Iterable[str]) -> None:
         """See that this job can run on exactly these sites.
 
@@ -86,13 +112,14 @@ class JobDefinition:
             if count is not None and count > len(present):
                 raise ConfigError(parameter, count, f"{needed} more sites than there are: {len(present)}")
         for parameter, named in (
-            ("per_site_config", self.sites),
+            ("clients" if self.open_to_others else "per_site_config", self.sites),
             ("aggregation_weights", self.workflow_settings.get("aggregation_weights") or {}),
         ):
             for site in named:
                 if site not in present:
                     raise ConfigError(f"{parameter}[{site!r}]", site, f"no such site; {nearest(present, site)}")
-        left_out = [site for site in present if site not in self.sites] if self.sites else []
+        is_closed = self.sites and not self.open_to_others
+        left_out = [site for site in present if site not in self.sites] if is_closed else []
         if left_out:
             allowed = (
                 f"{left_out[0]} has no entry; give it one, {{}} for the settings of the job, or leave the site out"
@@ -167,6 +194,7 @@ class JobDefinition:
             "ckpt_is_bundled": self.ckpt_is_bundled,
             "best_model_filename": self.best_model_filename,
             "aggregator_data_kind": None if kind is None else kind.value,
+            "open_to_others": self.open_to_others,
         }
 
     @classmethod
@@ -206,6 +234,7 @@ class JobDefinition:
             ckpt_is_bundled=data["ckpt_is_bundled"],
             best_model_filename=data["best_model_filename"],
             aggregator_data_kind=None if kind is None else check_enum("aggregator_data_kind", kind, DataKind),
+            open_to_others=data["open_to_others"],
         )
 
     def _described(self, layout: CodeLayout) -> dict[str, Any]:
@@ -242,6 +271,7 @@ _JSON_KEYS: dict[str, tuple[type, ...]] = {
     "ckpt_is_bundled": (bool,),
     "best_model_filename": (str, type(None)),
     "aggregator_data_kind": (str, type(None)),
+    "open_to_others": (bool,),
 }
 _WORDS = {str: "a string", dict: "an object", bool: "true or false", type(None): "null"}
 

@@ -20,11 +20,13 @@ class FrameworkType(str, Enum):
 
 
 class ExchangeFormat(str, Enum):
-    """What parameters are while they are between a site and the server."""
+    """What parameters are: for a script, and while they are between a site and the server."""
 
     NUMPY = "numpy"
     PYTORCH = "pytorch"
     RAW = "raw"
+    KERAS_LAYER_WEIGHTS = "keras_layer_weights"
+    """Name of a layer -> list of its arrays."""
 
 
 class TransferType(str, Enum):

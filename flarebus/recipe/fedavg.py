@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from flarebus.address import check_name
 from flarebus.errors import ConfigError
 from flarebus.job.checks import (
-    check_args,
     check_enum,
     check_flag,
     check_int,
@@ -24,15 +22,13 @@ from flarebus.job.checks import (
 from flarebus.job.class_ref import ClassRef
 from flarebus.job.definition import JobDefinition
 from flarebus.job.kinds import DataKind, ExchangeFormat, FrameworkType, TransferType
-from flarebus.job.site_config import SiteConfig
+from flarebus.job.site_config import DEFAULT_COMMAND, SiteConfig
 from flarebus.recipe.recipe import Recipe
 from flarebus.recipe.validate import (
-    DEFAULT_COMMAND,
     check_aggregator,
     check_best_filename,
     check_ckpt,
     check_model,
-    check_runs_inside,
     check_script,
     check_site_name,
     check_weights,
@@ -70,6 +66,8 @@ _SITE_KEYS = (
     "params_transfer_type",
     "launch_once",
     "shutdown_timeout",
+    "launch_timeout",
+    "attach",
     "client_memory_gc_rounds",
     "cuda_empty_cache",
 )
@@ -95,17 +93,19 @@ class FedAvgRecipe(Recipe):
         aggregator: replaces the mean: an object with `accept_model`, `aggregate_model`, `reset_stats` (see
             `ModelAggregator`), or `{"class_path", "args"}` for one, which can be exported too.
         aggregator_data_kind: what is aggregated; WEIGHT_DIFF is checked against `params_transfer_type`.
-        launch_external_process: only False; external processes are not there yet.
-        command: only the default, likewise.
+        launch_external_process: run the script in a process of its own, which the site starts and watches.
+        command: what starts that process, before script and arguments: one string, split as a shell would, or a list of
+            words. A plain `python3` or `python` is the interpreter that the site runs on.
         framework: what the script is written with; decides the model files. TENSORFLOW is not there yet.
         server_expected_format: what parameters are on their way to the server.
         params_transfer_type: whether sites answer with whole models or differences; the same for all sites.
         model_persistor: only None; models are saved as files of the framework and as safetensors.
         per_site_config: site name -> what is different there: any of `train_script train_args framework
-            server_expected_format params_transfer_type client_memory_gc_rounds cuda_empty_cache`, and the parameters
-            about external processes. When given, its sites are the sites of the job.
-        launch_once: only True, as `command`.
-        shutdown_timeout: only 0, as `command`.
+            server_expected_format params_transfer_type client_memory_gc_rounds cuda_empty_cache
+            launch_external_process command launch_once shutdown_timeout launch_timeout attach`. When given, its sites
+            are the sites of the job. None means the same as leaving a key out, except for `launch_timeout`.
+        launch_once: one process for the whole job; False: a new one for every task.
+        shutdown_timeout: seconds that the process may take to leave at the end of the job, from 0.
         key_metric: metric that tells the best model; "" for no best model.
         stop_cond: end early once the averaged metrics fulfil `"<metric> <op> <number>"`, op one of `>= <= > < =`.
         patience: end early after so many rounds without a better metric of `stop_cond`, from 1.
@@ -125,6 +125,10 @@ class FedAvgRecipe(Recipe):
         clients_per_round: take part in a round: that many sites, drawn anew each time; None for all.
         seed: of that draw, from 0.
         deterministic: bit for bit the same mean whatever the order of arrival.
+        launch_timeout: seconds until the script in its own process must have called `flare.init()`, above 0; None for
+            no limit.
+        attach: somebody else starts the process, with the client configuration that the site publishes; instead of
+            `launch_external_process`.
 
     Raises:
         ConfigError: a parameter is wrong; names it, its value and what is allowed.
@@ -146,7 +150,7 @@ class FedAvgRecipe(Recipe):
         aggregator: Any = None,
         aggregator_data_kind: DataKind | None = DataKind.WEIGHTS,
         launch_external_process: bool = False,
-        command: str = DEFAULT_COMMAND,
+        command: str | Sequence[str] = DEFAULT_COMMAND,
         framework: FrameworkType = FrameworkType.PYTORCH,
         server_expected_format: ExchangeFormat = ExchangeFormat.NUMPY,
         params_transfer_type: TransferType = TransferType.FULL,
@@ -171,17 +175,19 @@ class FedAvgRecipe(Recipe):
         clients_per_round: int | None = None,
         seed: int = 0,
         deterministic: bool = False,
+        launch_timeout: float | None = 300.0,
+        attach: bool = False,
     ) -> None:
         given = dict(locals())  # before any other local: exactly the parameters
-        check_runs_inside(given)
         if model_persistor is not None:
             raise NotImplementedError(
                 f"model_persistor={model_persistor!r}: custom persistors belong to a later version; models are saved "
                 "as safetensors and, for PyTorch, as .pt"
             )
         settings = _settings(given)
-        defaults = _site_defaults(given)
-        sites = _sites(per_site_config, defaults)
+        sites = _sites(per_site_config, given)
+        some_external = any(each.is_external for each in sites.values())
+        defaults = _site_defaults(_inherited(given, {}) if some_external else given)
         if sites and len(sites) < settings["min_clients"]:
             raise ConfigError("per_site_config", sorted(sites), f"at least min_clients={min_clients} sites")
         data_kind = _data_kind(aggregator_data_kind, settings["aggregator"], list(sites.values()) or [defaults])
@@ -213,7 +219,9 @@ class FedAvgRecipe(Recipe):
         return {
             **settings,
             **_site_parameters(job.site_defaults),
-            "per_site_config": {site: _site_parameters(config) for site, config in job.sites.items()} or None,
+            "per_site_config": None
+            if job.open_to_others
+            else {site: _site_parameters(config) for site, config in job.sites.items()} or None,
             "name": job.name,
             "model": job.model.to_json() if isinstance(job.model, ClassRef) else job.model,
             "initial_ckpt": None if job.initial_ckpt is None else str(job.initial_ckpt),
@@ -299,20 +307,15 @@ def _site_defaults(given: Mapping[str, Any], own: Mapping[str, str] | None = Non
         raise ConfigError(
             name["cuda_empty_cache"], cuda, "needs client_memory_gc_rounds from 1: it is done at these clean-ups"
         )
-    return SiteConfig(
-        train_script=check_script(name["train_script"], given["train_script"]),
-        train_args=check_args(name["train_args"], given["train_args"]),
-        framework=framework,
-        server_expected_format=check_enum(
-            name["server_expected_format"], given["server_expected_format"], ExchangeFormat
-        ),
-        params_transfer_type=check_enum(name["params_transfer_type"], given["params_transfer_type"], TransferType),
-        memory_gc_rounds=gc_rounds,
-        cuda_empty_cache=cuda,
-    )
+    values = {key: given[key] for key in _SITE_KEYS if key != "client_memory_gc_rounds"}
+    values["train_script"] = check_script(name["train_script"], given["train_script"])
+    try:
+        return SiteConfig(**values, memory_gc_rounds=gc_rounds)
+    except ConfigError as error:
+        raise ConfigError(name.get(error.parameter, error.parameter), error.value, error.allowed) from error
 
 
-def _sites(per_site_config: object, defaults: SiteConfig) -> dict[str, SiteConfig]:
+def _sites(per_site_config: object, given: Mapping[str, Any]) -> dict[str, SiteConfig]:
     """Each site's configuration: its own values over those of all."""
     if per_site_config is None:
         return {}
@@ -322,17 +325,31 @@ def _sites(per_site_config: object, defaults: SiteConfig) -> dict[str, SiteConfi
         label = f"per_site_config[{site!r}]"
         check_keys(check_mapping(label, own), _SITE_KEYS, (), label)
         # None means the same as leaving it out, as in job scripts that pass on what they were given.
-        own = {key: value for key, value in own.items() if value is not None}
-        check_runs_inside(own, label)
-        sites[site] = _site_defaults({**_site_parameters(defaults), **own}, {key: f"{label}[{key!r}]" for key in own})
+        own = {key: value for key, value in own.items() if value is not None or key == "launch_timeout"}
+        values = {**_inherited(given, own), **own}
+        sites[site] = _site_defaults(values, {key: f"{label}[{key!r}]" for key in own})
     return sites
+
+
+def _inherited(given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What a site with its `own` values takes over from the job."""
+    values = dict(given)
+    # A site says in its own way who starts the process, if there is one at all.
+    for mine, other in (("attach", "launch_external_process"), ("launch_external_process", "attach")):
+        if own.get(mine) is True:
+            values[other] = False
+    launched, attached = ({**values, **own}[key] is True for key in ("launch_external_process", "attach"))
+    # What it takes to start a process is then meant for other sites.
+    if not launched:
+        values |= {"command": DEFAULT_COMMAND, "launch_once": True}
+    if not launched and not attached:
+        values["shutdown_timeout"] = 0.0
+    return values
 
 
 def _site_parameters(config: SiteConfig) -> dict[str, Any]:
     """The parameters of a recipe, or of one site, that make `config`."""
-    values = {each.name: getattr(config, each.name) for each in fields(config)}
-    values["client_memory_gc_rounds"] = values.pop("memory_gc_rounds")
-    return values
+    return {key: getattr(config, "memory_gc_rounds" if key == "client_memory_gc_rounds" else key) for key in _SITE_KEYS}
 
 
 def _data_kind(value: object, aggregator: object, sites: list[SiteConfig]) -> DataKind | None:

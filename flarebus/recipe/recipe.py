@@ -14,8 +14,10 @@ from flarebus.errors import ConfigError, JobAborted, JobFailed
 from flarebus.job.checks import nearest
 from flarebus.job.definition import JobDefinition
 from flarebus.job.folder import read_job, write_job
+from flarebus.job.site_config import SiteConfig
 from flarebus.recipe.env import ExecEnv
 from flarebus.recipe.run import Run
+from flarebus.recipe.validate import check_clients, check_site_name
 
 __all__ = ["Recipe"]
 
@@ -104,6 +106,28 @@ class Recipe(ABC):
             raise JobAborted((reason or "somebody").removeprefix("aborted by "))
         return run
 
+    def add_client_config(self, config: dict[str, Any], clients: Sequence[str] | None = None) -> None:
+        """Change the trainer's configuration; what is said last counts.
+
+        Args:
+            config: any of `submit_result_timeout download_complete_timeout heartbeat_timeout heartbeat_interval`
+                (seconds above 0), `launch_timeout` (the same, or None for no limit), `max_resends` (a whole number, or
+                None for no limit), `train_with_eval`, `exchange_format`, `train_task_name eval_task_name
+                submit_model_task_name`, `memory_gc_rounds cuda_empty_cache`, and `pipe`: the name of an installed pipe,
+                or `{"CLASS_NAME": "package.module.Class", "ARG": {...}}`.
+            clients: for these sites only; None for all.
+
+        Raises:
+            TypeError: `config` is no dict.
+            ConfigError: a key is unknown (names the nearest known one), a value is wrong or does not go with another
+                one, or a site has no part in the job. Nothing was changed.
+        """
+        if not isinstance(config, dict):
+            raise TypeError(f"add_client_config needs a dict such as {{'max_resends': 5}}, not {type(config).__name__}")
+        self._definition = self._definition.with_sites_changed(
+            lambda site: site.with_client_config(config), check_clients(clients)
+        )
+
     def export(self, job_dir: str | Path) -> Path:
         """Write the job to a folder, in place of a job that is there already, whole or not at all.
 
@@ -137,6 +161,7 @@ class Recipe(ABC):
             )
         try:
             recipe = made(**made._parameters_of(job))
+            recipe._definition = _with_additions(recipe._definition, job)
         except ConfigError as error:
             raise ConfigError(f"{where}{error.parameter}", error.value, error.allowed) from error
         # Paths inside the folder are absolute by now; that the checkpoint belongs to the job is known from the folder.
@@ -169,6 +194,32 @@ def _export_target(arguments: Sequence[str]) -> str | None:
     if not target:
         raise ConfigError("--export-dir", target, "the path of a folder")
     return target
+
+
+# What `add_...` calls change in the configuration of a site, besides what a parameter of the recipe sets as well.
+_ADDED = ("client_config", "input_filters", "output_filters")
+_ADDED_TO_SOME = (*_ADDED, "launch_timeout", "memory_gc_rounds", "cuda_empty_cache")
+
+
+def _with_additions(made: JobDefinition, job: JobDefinition) -> JobDefinition:
+    """The job that the parameters of `job` make, with what was added to it later."""
+    defaults = _taken_over(made.site_defaults, job.site_defaults, _ADDED)
+    sites = {site: _taken_over(config, job.sites[site], _ADDED) for site, config in made.sites.items()}
+    if not job.open_to_others:
+        return replace(made, site_defaults=defaults, sites=sites)
+    for site, config in job.sites.items():
+        check_site_name("sites", site)
+        sites[site] = _taken_over(defaults, config, _ADDED_TO_SOME)
+        if config != _taken_over(job.site_defaults, config, _ADDED_TO_SOME):
+            allowed = (
+                f"differs from site_defaults in more than {', '.join(_ADDED_TO_SOME)}; set open_to_others to false"
+            )
+            raise ConfigError(f"sites[{site!r}]", site, allowed)
+    return replace(made, site_defaults=defaults, sites=sites, open_to_others=True)
+
+
+def _taken_over(config: SiteConfig, source: SiteConfig, names: Sequence[str]) -> SiteConfig:
+    return replace(config, **{name: getattr(source, name) for name in names})
 
 
 def _end_early(env: ExecEnv, run: Run) -> None:

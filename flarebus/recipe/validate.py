@@ -1,4 +1,4 @@
-"""Checks of recipe parameters that are more than one value: files, models, aggregators, sites, what is not there yet.
+"""Checks of recipe parameters that are more than one value: files, models, aggregators, sites.
 
 Nothing here writes; files are looked for, never opened.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from flarebus.address import check_name
 from flarebus.errors import ConfigError
-from flarebus.job.checks import check_flag, check_mapping, check_number, check_text
+from flarebus.job.checks import check_mapping, check_number, check_text
 from flarebus.job.class_ref import ClassRef
 from flarebus.job.initial import params_of
 from flarebus.job.kinds import FrameworkType
@@ -25,12 +25,11 @@ from flarebus.workflow.params import as_array, flatten
 
 __all__ = [
     "CKPT_SUFFIXES",
-    "DEFAULT_COMMAND",
     "check_aggregator",
     "check_best_filename",
     "check_ckpt",
+    "check_clients",
     "check_model",
-    "check_runs_inside",
     "check_script",
     "check_site_name",
     "check_weights",
@@ -38,7 +37,6 @@ __all__ = [
 ]
 
 CKPT_SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
-DEFAULT_COMMAND = "python3 -u"
 # A site of this name could not be told from the server's cell.
 _RESERVED_SITES = frozenset({"server"})
 # Values of a model that are no arrays and are kept as they are.
@@ -53,6 +51,18 @@ def check_site_name(parameter: str, name: object) -> str:
     if isinstance(name, str) and (name.lower() in _RESERVED_SITES or name == "@ALL"):
         raise ConfigError(parameter, name, "this name is reserved; choose another one for the site")
     return check_name(name, parameter)
+
+
+def check_clients(value: object) -> tuple[str, ...] | None:
+    """Names of sites, each once, at least one; None for all sites."""
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ConfigError("clients", value, "a list of site names, or None for all sites")
+    names = tuple(dict.fromkeys(check_site_name("clients", name) for name in value))
+    if not names:
+        raise ConfigError("clients", value, "at least one site name, or None for all sites")
+    return names
 
 
 def find_file(path: Path) -> Path | None:
@@ -173,37 +183,3 @@ def check_best_filename(best: object, save: object, framework: FrameworkType) ->
         )
     found = best if best is not None else save
     return found if isinstance(found, str) else None
-
-
-def check_runs_inside(values: Mapping[str, Any], label: str = "") -> None:
-    """Refuse what belongs to training scripts in processes of their own.
-
-    Args:
-        values: the four parameters that do, or some of them.
-        label: where the user wrote them, when it is not the recipe itself.
-
-    Raises:
-        ConfigError: a value has a wrong type.
-        NotImplementedError: a value asks for an external process.
-    """
-
-    def given(key: str, default: object) -> tuple[str, object]:
-        return f"{label}[{key!r}]" if label else key, values.get(key, default)
-
-    external, command = given("launch_external_process", False), given("command", DEFAULT_COMMAND)
-    once, timeout = given("launch_once", True), given("shutdown_timeout", 0.0)
-    if check_flag(*external):
-        _not_yet(*external)
-    if check_text(*command) != DEFAULT_COMMAND:
-        _not_yet(*command)
-    if not check_flag(*once):
-        _not_yet(*once)
-    if check_number(*timeout, minimum=0.0) != 0.0:
-        _not_yet(*timeout)
-
-
-def _not_yet(parameter: str, value: object) -> None:
-    raise NotImplementedError(
-        f"{parameter}={value!r} belongs to training scripts in external processes, which this version does not start; "
-        "leave it out to run the script inside the client job"
-    )

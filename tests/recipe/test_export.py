@@ -78,10 +78,16 @@ def test_every_setting_comes_back(make, tmp_path, code):
         clients_per_round=2,
         seed=5,
         deterministic=True,
+        launch_external_process=True,
+        command=["python", "-X", "dev"],
+        launch_once=False,
+        shutdown_timeout=3,
+        launch_timeout=20,
         per_site_config={
             "a": {"train_script": str(tmp_path / "other" / "client.py"), "framework": "raw"},
-            "b": {"train_args": "-v", "client_memory_gc_rounds": 1},
-            "c": {},
+            "b": {"train_args": "-v", "client_memory_gc_rounds": 1, "launch_external_process": False},
+            "c": {"launch_timeout": None},
+            "d": {"attach": True, "shutdown_timeout": 7},
         },
     )
 
@@ -102,6 +108,9 @@ def test_every_setting_comes_back(make, tmp_path, code):
         {"model": np.array([1.0, 2.0], np.float64)},
         {"model": {"class_path": "model.Net"}},
         {"framework": "numpy"},
+        {"attach": True},
+        {"launch_external_process": True},
+        {"launch_timeout": None},
         {"per_site_config": {"a": {}}},
         {"best_model_filename": "x.pt"},
         {"aggregator": {"class_path": "model.Net"}},

@@ -92,6 +92,25 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"aggregator_data_kind": DataKind.WEIGHT_DIFF}, "aggregator_data_kind", "TransferType.DIFF"),
     ({"launch_external_process": "yes"}, "launch_external_process", "True or False"),
     ({"command": None}, "command", "a string"),
+    ({"command": ""}, "command", "a program"),
+    ({"command": []}, "command", "a program"),
+    ({"command": ["torchrun", 2]}, "command", "list of its words"),
+    ({"command": "python3 'half", "launch_external_process": True}, "command", "cannot be split"),
+    ({"command": "torchrun"}, "command", "needs launch_external_process=True"),
+    ({"command": "torchrun", "attach": True}, "command", "needs launch_external_process=True"),
+    ({"launch_once": False}, "launch_once", "needs launch_external_process=True"),
+    ({"launch_once": False, "attach": True}, "launch_once", "somebody else starts"),
+    ({"shutdown_timeout": 1.0}, "shutdown_timeout", "needs launch_external_process=True"),
+    ({"attach": 1}, "attach", "True or False"),
+    ({"attach": True, "launch_external_process": True}, "attach", "not beside launch_external_process=True"),
+    ({"launch_timeout": 0}, "launch_timeout", "above 0"),
+    ({"launch_timeout": "5"}, "launch_timeout", "a finite number"),
+    ({"per_site_config": {"s1": {"command": "torchrun"}}}, "per_site_config['s1']['command']", "needs launch_external"),
+    (
+        {"launch_external_process": True, "per_site_config": {"s1": {"attach": True, "launch_external_process": True}}},
+        "per_site_config['s1']['attach']",
+        "not beside",
+    ),
     ({"framework": "jax"}, "framework", "FrameworkType.NUMPY"),
     ({"server_expected_format": "json"}, "server_expected_format", "ExchangeFormat.RAW"),
     ({"params_transfer_type": "HALF"}, "params_transfer_type", "TransferType.DIFF"),
@@ -181,14 +200,8 @@ def test_what_a_custom_aggregator_would_ignore_is_refused(make, parameter):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"launch_external_process": True},
-        {"command": "torchrun"},
-        {"launch_once": False},
-        {"shutdown_timeout": 1.0},
         {"model_persistor": "a persistor"},
         {"framework": FrameworkType.TENSORFLOW},
-        {"per_site_config": {"s1": {"launch_external_process": True}}},
-        {"per_site_config": {"s1": {"command": "torchrun"}}},
         {"per_site_config": {"s1": {"framework": "tensorflow"}}},
     ],
     ids=str,
@@ -286,6 +299,51 @@ def test_site_inherits_what_it_does_not_set(make, code):
     assert recipe.definition.site_config("b") == common
     assert recipe.definition.site_config("a").train_args == "--lr 2"
     assert recipe.definition.site_config("a").framework is FrameworkType.RAW
+
+
+def test_settings_of_processes_reach_every_site(make):
+    """What the script's own process takes is in the configuration of every site."""
+    recipe = make(
+        launch_external_process=True,
+        command=["torchrun", "--nproc-per-node", "2"],
+        launch_once=False,
+        shutdown_timeout=2,
+        launch_timeout=None,
+    )
+
+    site = recipe.definition.site_config("any")
+    assert site.is_external
+    assert site.command == ("torchrun", "--nproc-per-node", "2")
+    assert (site.launch_once, site.shutdown_timeout, site.launch_timeout) == (False, 2.0, None)
+
+
+def test_sites_differ_in_who_starts_their_process(make):
+    """A site that runs inside, or is attached, ignores what the job says about starting processes."""
+    recipe = make(
+        launch_external_process=True,
+        command="torchrun",
+        shutdown_timeout=2.0,
+        launch_timeout=9.0,
+        per_site_config={
+            "launched": {},
+            "inside": {"launch_external_process": False},
+            "attached": {"attach": True, "launch_timeout": None},
+        },
+    )
+
+    launched, inside, attached = (recipe.definition.site_config(name) for name in ("launched", "inside", "attached"))
+    assert (launched.launch_external_process, launched.command, launched.launch_timeout) == (True, "torchrun", 9.0)
+    assert (inside.is_external, inside.command, inside.shutdown_timeout) == (False, "python3 -u", 0.0)
+    assert (attached.attach, attached.launch_external_process, attached.command) == (True, False, "python3 -u")
+    assert (attached.shutdown_timeout, attached.launch_timeout) == (2.0, None)
+
+
+def test_command_of_the_job_is_for_the_sites_that_start_processes(make):
+    """The job may say how processes are started and leave it to its sites whether they do."""
+    recipe = make(command="torchrun", per_site_config={"a": {"launch_external_process": True}, "b": {}})
+
+    assert recipe.definition.site_config("a").command == "torchrun"
+    assert recipe.definition.site_config("b").command == "python3 -u"
 
 
 def test_raw_framework_may_start_without_a_model(make):
