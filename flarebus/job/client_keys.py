@@ -28,6 +28,7 @@ __all__ = [
     "check_overrides",
     "check_pipe",
     "check_section",
+    "overrides_in_file",
 ]
 
 _log = logging.getLogger("flarebus.client")
@@ -79,12 +80,14 @@ class Key:
         default: what a missing key means, and an empty string where the default is none.
         check: takes the place and the value, returns it as it is kept, or raises `ConfigError`.
         override: its name for `add_client_config`; "" if a job cannot change it there.
+        secret: whether no script, log or error may show it.
     """
 
     name: str
     default: Any
     check: Check
     override: str = ""
+    secret: bool = False
 
 
 def _word(kind: type[Enum]) -> Check:
@@ -177,7 +180,7 @@ def _table(*keys: Key) -> dict[str, Key]:
 
 PIPE_KEYS = _table(
     Key(ConfigKey.CLASS_NAME, None, _class_name),
-    Key(ConfigKey.ARG, {}, _json_object),
+    Key(ConfigKey.ARG, {}, _json_object, secret=True),
 )
 _HEARTBEAT_TIMEOUT = Key(ConfigKey.HEARTBEAT_TIMEOUT, 60.0, _seconds, "heartbeat_timeout")
 _PIPE = Key(ConfigKey.PIPE, None, check_pipe, "pipe")
@@ -226,8 +229,8 @@ TOP_KEYS = _table(
     Key(ConfigKey.TASK_EXCHANGE, {}, _task_section),
     Key(ConfigKey.METRICS_EXCHANGE, {}, _metric_section),
     Key(ConfigKey.LOG_CONFIG, None, _text_or_none),
-    Key(ConfigKey.AUTH_TOKEN, None, _secret_or_none),
-    Key(ConfigKey.CONNECTION, None, _object_or_none),
+    Key(ConfigKey.AUTH_TOKEN, None, _secret_or_none, secret=True),
+    Key(ConfigKey.CONNECTION, None, _object_or_none, secret=True),
 )
 
 
@@ -294,3 +297,12 @@ def check_overrides(parameter: str, value: Mapping[Any, Any]) -> dict[str, Any]:
             raise ConfigError(place, each, "a value; leave it out for the default")
         found[name] = _OVERRIDES[name].check(place, each)
     return found
+
+
+def overrides_in_file(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What `check_overrides` returned, as part of the file's section for tasks; without the pipe."""
+    return {
+        key.name: overrides[key.override]
+        for key in TASK_KEYS.values()
+        if key.override in overrides and key.name != ConfigKey.PIPE
+    }
