@@ -11,11 +11,12 @@ tensors that share memory still share it on the other side.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import Any
 
 from flarebus.codec._decoder import decode_with
+from flarebus.codec._edit import edit_model_with
 from flarebus.codec._encoder import Encoded, encode_with
 from flarebus.codec._ids import MAX_BODY, MAX_DEPTH
 from flarebus.codec._model import add_model
@@ -25,6 +26,7 @@ from flarebus.codec._records import DataclassDecomposer, EnumDecomposer
 from flarebus.codec._registry import DEFAULT, Decomposer, Sink, Source
 from flarebus.codec._torch import add_torch
 from flarebus.message import Buffer
+from flarebus.model import FLModel
 
 __all__ = [
     "MAX_BODY",
@@ -34,6 +36,7 @@ __all__ = [
     "Sink",
     "Source",
     "decode",
+    "edit_model",
     "encode",
     "register",
     "register_dataclass",
@@ -77,6 +80,25 @@ def decode(body: Buffer, buffers: Iterable[Buffer], *, copy: bool = False) -> An
         DecodeError: the bytes do not hold what they claim; says where, and nothing of the content.
     """
     return decode_with(DEFAULT, body, buffers, copy=copy)
+
+
+def edit_model(body: Buffer, edit: Callable[[FLModel], FLModel]) -> bytes | None:
+    """Change metrics, meta and rounds of an encoded `FLModel` without its parameters, which stay where they are.
+
+    Args:
+        body: as `encode` made it, or as it came.
+        edit: gets a model with metrics, meta and rounds only, its own to change, and returns the one whose metrics,
+            meta and rounds take their place. What it raises passes through.
+
+    Returns:
+        The new body, for the same buffers. None when metrics or meta hold arrays or long strings: those are not all in
+        the body, so the model has to be decoded whole; `edit` was not called then.
+
+    Raises:
+        DecodeError: the body is not that of an FLModel.
+        EncodeError: what `edit` returned may not travel, or does not fit into the body.
+    """
+    return edit_model_with(DEFAULT, body, edit)
 
 
 def register(decomposer: Decomposer) -> None:

@@ -18,7 +18,7 @@ from flarebus.codec._registry import Malformed, Registry, Source
 from flarebus.errors import DecodeError
 from flarebus.message import Buffer
 
-__all__ = ["Decoder", "check_keys", "decode_with"]
+__all__ = ["Decoder", "check_keys", "decode_with", "read_body"]
 
 # How often the bytes of all buffers may be read by checks of their content: many arrays may name one buffer.
 _MAX_SCANS = 16
@@ -195,7 +195,9 @@ def decode_with(registry: Registry, body: Buffer, buffers: Iterable[Buffer], *, 
     views = [_as_view(buffer) for buffer in buffers]
     trail: list[str] = []
     try:
-        root, arena = _read(bytes(body) if type(body) is not bytes else body, len(views))
+        root, n_buffers, arena = read_body(bytes(body) if type(body) is not bytes else body)
+        if n_buffers != len(views):
+            raise Malformed(f"{len(views)} buffers came, and other than this is claimed")
         decoder = Decoder(registry, views, arena, copy=copy)
         trail = decoder.trail
         try:
@@ -229,8 +231,12 @@ def _as_view(buffer: Buffer) -> memoryview:
     return view if view.format == "B" and view.ndim == 1 else view.cast("B")
 
 
-def _read(body: bytes, n_buffers: int) -> tuple[Any, bytes]:
-    """Return the tree in `body` and the bytes of its small arrays."""
+def read_body(body: bytes) -> tuple[Any, int, bytes]:
+    """Return the tree in `body`, the number of buffers it claims, and the bytes of its small arrays.
+
+    Raises:
+        Malformed: it is no body.
+    """
     if len(body) > MAX_BODY:
         raise Malformed(f"a body of {len(body)} bytes; at most {MAX_BODY} are read")
     try:
@@ -251,9 +257,7 @@ def _read(body: bytes, n_buffers: int) -> tuple[Any, bytes]:
         raise Malformed(f"a body that is no msgpack of lists and scalars ({type(error).__name__})") from error
     if type(top) is not list or len(top) != 3 or type(top[1]) is not int or type(top[2]) is not bytes:
         raise Malformed("a body without root, count and bytes")
-    if top[1] != n_buffers:
-        raise Malformed(f"{n_buffers} buffers came, and other than this is claimed")
-    return top[0], top[2]
+    return top[0], top[1], top[2]
 
 
 def _counter() -> Callable[[list[Any]], list[Any]]:

@@ -249,10 +249,10 @@ class Encoder(Sink):
                 regions.append(Region(starts[begin], end))
         return regions
 
-    def pack(self, root: Any) -> bytes:
-        """Return the body of the tree `root`."""
+    def pack(self, root: Any, n_elsewhere: int = 0) -> bytes:
+        """Return the body of the tree `root`, parts of which may name `n_elsewhere` buffers that are not here."""
         packer = msgpack.Packer(default=self._big_int, strict_types=True, buf_size=4096)
-        body: bytes = packer.pack([root, len(self.buffers), bytes(self.arena)])
+        body: bytes = packer.pack([root, n_elsewhere + len(self.buffers), bytes(self.arena)])
         if len(body) > MAX_BODY or self.count > MAX_CONTAINERS:
             raise self._too_large()
         return body

@@ -1,0 +1,103 @@
+"""Changing an encoded FLModel around its parameters, which are neither decoded nor moved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+from flarebus.codec._decoder import Decoder, read_body
+from flarebus.codec._encoder import Encoder, path_of
+from flarebus.codec._ids import FLMODEL, MAX_BODY
+from flarebus.codec._registry import Malformed, Refused, Registry
+from flarebus.errors import DecodeError, EncodeError
+from flarebus.message import Buffer
+from flarebus.model import FLModel
+
+__all__ = ["edit_model_with"]
+
+# The list of an FLModel: its id, the type of its params, params, params of the optimizer, and what is around them.
+_FIRST = 4
+_AROUND = ("metrics", "meta", "start_round", "current_round", "total_rounds")
+
+
+class _Elsewhere(Exception):
+    """A value does not stand in the tree itself."""
+
+
+class _TreeDecoder(Decoder):
+    """Decodes what stands in the tree. Bytes outside it, also those of small arrays in the body, may be shared with
+    parameters: they can neither be read here nor be taken out of the body.
+    """
+
+    __slots__ = ("met",)
+
+    def __init__(self, registry: Registry) -> None:
+        super().__init__(registry, [], b"", copy=False)
+        self.met = False
+
+    def _elsewhere(self) -> NoReturn:
+        self.met = True  # a decomposer may translate the exception
+        raise _Elsewhere
+
+    def _view(self, reference: Any) -> memoryview:
+        self._elsewhere()
+
+    def array(self, reference: int, shape: Sequence[int], dtype: np.dtype[Any], n_bytes: int) -> np.ndarray[Any, Any]:
+        self._elsewhere()
+
+    def array_view(
+        self,
+        reference: Any,
+        shape: Sequence[int],
+        dtype: np.dtype[Any],
+        n_bytes: int,
+        offset: int,
+        strides: Sequence[int],
+    ) -> np.ndarray[Any, Any]:
+        self._elsewhere()
+
+
+def edit_model_with(registry: Registry, body: Buffer, edit: Callable[[FLModel], FLModel]) -> bytes | None:
+    """Edit with the types of `registry`; see `flarebus.codec.edit_model`."""
+    decoder = _TreeDecoder(registry)
+    try:
+        root, n_buffers, arena = read_body(bytes(body))
+        if type(root) is not list or len(root) != _FIRST + len(_AROUND) or root[0] != FLMODEL:
+            raise Malformed("no FLModel")
+        values = (decoder.value(node, 1) for node in root[_FIRST:])
+        model = FLModel(**dict(zip(_AROUND, values, strict=True)))
+    except Exception as error:  # whatever a hostile body makes of msgpack, NumPy or a decomposer
+        if decoder.met:
+            return None
+        said = str(error) if isinstance(error, Malformed) else f"not readable ({type(error).__name__})"
+        raise DecodeError(f"{path_of(decoder.trail)}: {said}") from error
+    edited = edit(model)
+    # Checked once more: its fields are open to anybody.
+    edited = FLModel(**{name: getattr(edited, name) for name in _AROUND})
+    return _packed(registry, root, n_buffers, arena, edited)
+
+
+def _packed(registry: Registry, root: list[Any], n_buffers: int, arena: bytes, edited: FLModel) -> bytes:
+    # Nothing may become a buffer: those that there are have their numbers.
+    encoder = Encoder(registry, MAX_BODY)
+    encoder.inline_below = MAX_BODY
+    encoder.arena += arena
+    encoder.arena += bytes(-len(arena) % 16)
+    try:
+        for at, name in enumerate(_AROUND, _FIRST):
+            try:
+                root[at] = encoder.plain(getattr(edited, name), 1)
+            except Exception:
+                encoder.trail.append(f".{name}")
+                raise
+        if encoder.buffers:
+            raise Refused("more than fits beside the parameters", "metrics and meta are for small things")
+        return encoder.pack(root, n_buffers)
+    except Refused as error:
+        raise EncodeError(path_of(encoder.trail), error.found, error.hint) from error.__cause__
+    except MemoryError:
+        raise
+    except Exception as error:  # such as a string that is no Unicode text
+        raise EncodeError(path_of(encoder.trail), f"{type(error).__name__}: {error}") from error
