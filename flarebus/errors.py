@@ -4,6 +4,7 @@
     ├── UsageError                you: a wrong argument, a wrong order of calls
     │   ├── ConfigError           a parameter, with its value and what is allowed   (ValueError)
     │   ├── ClientApiError        a Client API call out of order                     (RuntimeError)
+    │   ├── FilterFailed          a filter of the job raised; its data stays put     (RuntimeError)
     │   └── EncodeError           a value that may not travel, with the path to it   (TypeError)
     ├── PeerError                 they: the other end did wrong or failed
     │   ├── DecodeError           bytes that do not hold what they claim
@@ -33,6 +34,7 @@ __all__ = [
     "DeadlineExceeded",
     "DecodeError",
     "EncodeError",
+    "FilterFailed",
     "FlarebusError",
     "JobAborted",
     "JobError",
@@ -77,6 +79,20 @@ class ConfigError(UsageError, ValueError):
 
 class ClientApiError(UsageError, RuntimeError):
     """A Client API call came too early, too late or on the wrong rank."""
+
+
+class FilterFailed(UsageError, RuntimeError):
+    """A filter of the job did not do its work, so what it was given goes nowhere.
+
+    Args:
+        filter: the path of its class.
+        reason: what it did instead, such as ``raised ValueError: ...``.
+    """
+
+    def __init__(self, filter: str, reason: str) -> None:
+        self.filter = filter
+        self.reason = reason
+        super().__init__(f"filter {filter} {reason}")
 
 
 class EncodeError(UsageError, TypeError):

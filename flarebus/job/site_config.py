@@ -139,6 +139,14 @@ class SiteConfig:
         """
         return replace(self, client_config={**self.client_config, **check_overrides("client_config", overrides)})
 
+    def with_input_filter(self, ref: FilterRef) -> SiteConfig:
+        """The same with one more filter between a received model and the script."""
+        return replace(self, input_filters=(*self.input_filters, ref))
+
+    def with_output_filter(self, ref: FilterRef) -> SiteConfig:
+        """The same with one more filter between an answer and the way out."""
+        return replace(self, output_filters=(*self.output_filters, ref))
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; goes into a job folder and over the bus to a worker."""
         values: dict[str, Any] = {}

@@ -9,12 +9,15 @@ from flarebus.recipe.recipe import Recipe
 from flarebus.recipe.run import Run
 from flarebus.recipe.sim_env import SimEnv
 from flarebus.workflow.aggregator import ModelAggregator
+from flarebus.workflow.filter import Filter, FilterTask
 
 __all__ = [
     "DataKind",
     "ExchangeFormat",
     "ExecEnv",
     "FedAvgRecipe",
+    "Filter",
+    "FilterTask",
     "FrameworkType",
     "ModelAggregator",
     "Recipe",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -13,9 +13,11 @@ from typing import Any, ClassVar, Self
 from flarebus.errors import ConfigError, JobAborted, JobFailed
 from flarebus.job.checks import nearest
 from flarebus.job.definition import JobDefinition
+from flarebus.job.filter_ref import FilterRef, check_tasks
 from flarebus.job.folder import read_job, write_job
 from flarebus.job.site_config import SiteConfig
 from flarebus.recipe.env import ExecEnv
+from flarebus.recipe.filters import check_filter
 from flarebus.recipe.run import Run
 from flarebus.recipe.validate import check_clients, check_site_name
 
@@ -127,6 +129,35 @@ class Recipe(ABC):
         self._definition = self._definition.with_sites_changed(
             lambda site: site.with_client_config(config), check_clients(clients)
         )
+
+    def add_client_input_filter(
+        self, filter: Any, tasks: Sequence[str] | None = None, clients: Sequence[str] | None = None
+    ) -> None:
+        """Let every received model go through a filter before the script sees it, after the filters added before.
+
+        Args:
+            filter: `{"class_path": "pkg.mod.Class", "args": {...}}`, or an instance of a `Filter` that keeps the
+                arguments of its constructor, JSON values, as attributes of their names (`x` or `_x`). Sites import the
+                class: from the code of the job, or from what is installed there.
+            tasks: for models of these tasks only; None for all.
+            clients: at these sites only; None for all.
+
+        Raises:
+            ConfigError: it is no filter or cannot be described, or a site has no part in the job.
+        """
+        self._add_filter(SiteConfig.with_input_filter, filter, tasks, clients)
+
+    def add_client_output_filter(
+        self, filter: Any, tasks: Sequence[str] | None = None, clients: Sequence[str] | None = None
+    ) -> None:
+        """Let every answer go through a filter before it leaves the site; as `add_client_input_filter`."""
+        self._add_filter(SiteConfig.with_output_filter, filter, tasks, clients)
+
+    def _add_filter(
+        self, add: Callable[[SiteConfig, FilterRef], SiteConfig], filter: Any, tasks: object, clients: object
+    ) -> None:
+        ref = FilterRef(check_filter(filter, self._definition.code_dir), check_tasks("tasks", tasks))
+        self._definition = self._definition.with_sites_changed(lambda site: add(site, ref), check_clients(clients))
 
     def export(self, job_dir: str | Path) -> Path:
         """Write the job to a folder, in place of a job that is there already, whole or not at all.

@@ -14,6 +14,7 @@ from flarebus.errors import (
     DeadlineExceeded,
     DecodeError,
     EncodeError,
+    FilterFailed,
     FlarebusError,
     JobAborted,
     JobError,
@@ -35,6 +36,7 @@ from flarebus.errors import (
         (ConfigError, UsageError, ValueError),
         (ClientApiError, UsageError, RuntimeError),
         (EncodeError, UsageError, TypeError),
+        (FilterFailed, UsageError, RuntimeError),
         (DecodeError, PeerError, FlarebusError),
         (RemoteError, PeerError, FlarebusError),
         (UpdateRefused, PeerError, FlarebusError),
@@ -81,6 +83,11 @@ def test_the_tree_is_complete() -> None:
             EncodeError("params['w']", "a function", "send its result"),
             "cannot encode params['w']: a function; send its result",
             {"path": "params['w']", "found": "a function", "hint": "send its result"},
+        ),
+        (
+            FilterFailed("mine.Noise", "raised ValueError: no"),
+            "filter mine.Noise raised ValueError: no",
+            {"filter": "mine.Noise", "reason": "raised ValueError: no"},
         ),
         (EncodeError("value", "a set"), "cannot encode value: a set", {"hint": ""}),
         (
