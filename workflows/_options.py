@@ -25,6 +25,9 @@ class Options:
     model_args: dict[str, Any]
     initial_ckpt: str | None
     framework: str | None
+    external: bool
+    command: str | None
+    pipe: dict[str, Any] | str | None
     clients: tuple[str, ...]
     min_clients: int | None
     clients_per_round: int | None
@@ -62,6 +65,11 @@ def _site_names(text: str) -> tuple[str, ...]:
     if count < 1:
         raise click.BadParameter(f"{count} is not a number of sites: at least 1")
     return tuple(f"site-{number}" for number in range(1, count + 1))
+
+
+def _pipe(text: str) -> dict[str, Any] | str:
+    """The name of a pipe, or its class with arguments as a JSON object."""
+    return _keyword_arguments(text) if text.lstrip().startswith("{") else text
 
 
 def _keyword_arguments(text: str) -> dict[str, Any]:
@@ -119,6 +127,10 @@ _OPTIONS = (
         type=click.Choice(["numpy", "pytorch", "raw"]),
         help="What the script's parameters are. Default: pytorch with --model or a .pt file, else numpy.",
     ),
+    _what("--external", is_flag=True, help="Run the script in a process of its own at every site."),
+    _what("--command", metavar="TEXT", help="What starts that process, such as 'torchrun'. Implies --external."),
+    _what("--pipe", type=_pipe, metavar="NAME|JSON",
+          help="The link to that process: cell, file, ... Implies --external. Default: cell."),
     _who("--clients", type=_site_names, metavar="N|NAMES", default="4", show_default=True,
          help="How many sites, or their names: a,b,c."),
     _who("--min-clients", type=int, metavar="N", help="Results a round needs. Default: one from every site asked."),
@@ -157,6 +169,8 @@ _RENAMED = {
     "params_transfer_type": "--transfer-type",
     "wait_time_after_min_received": "--grace",
     "enable_tensor_disk_offload": "--offload",
+    "launch_external_process": "--external",
+    "client_config": "--pipe",
 }
 
 

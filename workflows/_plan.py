@@ -23,11 +23,13 @@ class Plan:
 
     Args:
         arguments: for `FedAvgRecipe`.
+        client_config: for its `add_client_config`.
         site_metric: the metric that a site's line shows in table and plot.
         measure: model file -> metrics of the finished model; None where only the sites can tell.
     """
 
     arguments: dict[str, Any]
+    client_config: dict[str, Any]
     site_metric: str
     measure: Callable[[Path], dict[str, float]] | None
 
@@ -56,6 +58,10 @@ def plan(options: Options) -> Plan:
     }
     if options.grace is not None:
         common["wait_time_after_min_received"] = options.grace
+    if options.external or options.command is not None or options.pipe is not None:
+        common["launch_external_process"] = True
+    if options.command is not None:
+        common["command"] = options.command
     return _own_script(options, common) if options.train_script is not None else _digits(options, common)
 
 
@@ -74,7 +80,11 @@ def _own_script(options: Options, common: dict[str, Any]) -> Plan:
         "initial_ckpt": options.initial_ckpt,
         "framework": FrameworkType(framework),
     }
-    return Plan(arguments, options.key_metric, None)
+    return Plan(arguments, _client_config(options), options.key_metric, None)
+
+
+def _client_config(options: Options) -> dict[str, Any]:
+    return {} if options.pipe is None else {"pipe": options.pipe}
 
 
 def _digits(options: Options, common: dict[str, Any]) -> Plan:
@@ -99,4 +109,4 @@ def _digits(options: Options, common: dict[str, Any]) -> Plan:
 
         return {"accuracy": _digits.accuracy(load_file(model_file), digits.test_x, digits.test_y)}
 
-    return Plan(arguments, "local_accuracy", measure)
+    return Plan(arguments, _client_config(options), "local_accuracy", measure)

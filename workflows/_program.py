@@ -164,6 +164,7 @@ def _train(planned: Plan, options: Options, watcher: Watcher) -> None:
     from flarebus.recipe import FedAvgRecipe
 
     recipe = FedAvgRecipe(**planned.arguments)
+    recipe.add_client_config(planned.client_config)
     environment = _environment(options, watcher)
     try:
         with watcher:

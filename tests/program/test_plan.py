@@ -64,6 +64,52 @@ def test_a_round_needs_everybody_unless_told_otherwise(argv: list[str], quorum: 
 
 
 @pytest.mark.parametrize(
+    ("argv", "external", "command", "client_config"),
+    [
+        ([], False, "python3 -u", {}),
+        (["--external"], True, "python3 -u", {}),
+        (["--command", "torchrun --standalone"], True, "torchrun --standalone", {}),
+        (["--pipe", "file"], True, "python3 -u", {"pipe": {"CLASS_NAME": "file", "ARG": {}}}),
+        (
+            ["--external", "--pipe", '{"CLASS_NAME": "my.Pipe", "ARG": {"root": "/x"}}'],
+            True,
+            "python3 -u",
+            {"pipe": {"CLASS_NAME": "my.Pipe", "ARG": {"root": "/x"}}},
+        ),
+    ],
+)
+def test_scripts_run_in_processes_of_their_own_when_asked(
+    argv: list[str], external: bool, command: str, client_config: dict[str, Any]
+) -> None:
+    """A command or a pipe asks for a process as well as --external does, and both reach the sites."""
+    planned = plan(parsed(*argv, "--train-script", __file__, "--framework", "raw"))
+    recipe = FedAvgRecipe(**planned.arguments)
+    recipe.add_client_config(planned.client_config)
+
+    site = recipe.definition.site_config("site-1")
+    assert (site.launch_external_process, site.command, site.client_config) == (external, command, client_config)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--command", "'half"], ('--command "\'half": ', "cannot be split")),
+        (["--pipe", "two words"], ("--pipe 'two words': ", "the name of a pipe")),
+        (["--pipe", "{}"], ("--pipe [", "'CLASS_NAME' is missing")),
+    ],
+)
+def test_wrong_process_is_said_in_terms_of_the_command_line(argv: list[str], said: tuple[str, str]) -> None:
+    """A command or pipe that cannot be is named by its option."""
+    planned = plan(parsed(*argv, "--train-script", __file__, "--framework", "raw"))
+
+    with pytest.raises(ConfigError) as caught:
+        FedAvgRecipe(**planned.arguments).add_client_config(planned.client_config)
+
+    assert option_of(caught.value).startswith(said[0])
+    assert said[1] in option_of(caught.value)
+
+
+@pytest.mark.parametrize(
     ("argv", "framework"),
     [
         (["--model", "net:Net"], FrameworkType.PYTORCH),
