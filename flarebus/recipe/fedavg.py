@@ -14,7 +14,6 @@ from flarebus.job.checks import (
     check_flag,
     check_int,
     check_keys,
-    check_mapping,
     check_number,
     check_regex,
     check_text,
@@ -24,13 +23,12 @@ from flarebus.job.definition import JobDefinition
 from flarebus.job.kinds import DataKind, ExchangeFormat, FrameworkType, TransferType
 from flarebus.job.site_config import DEFAULT_COMMAND, SiteConfig
 from flarebus.recipe.recipe import Recipe
+from flarebus.recipe.sites import make_sites, site_parameters
 from flarebus.recipe.validate import (
     check_aggregator,
     check_best_filename,
     check_ckpt,
     check_model,
-    check_script,
-    check_site_name,
     check_weights,
 )
 from flarebus.workflow.condition import Condition
@@ -55,21 +53,6 @@ _SETTINGS = (
     "patience",
     "enable_tensor_disk_offload",
     "memory_gc_rounds",
-)
-_SITE_KEYS = (
-    "train_script",
-    "train_args",
-    "launch_external_process",
-    "command",
-    "framework",
-    "server_expected_format",
-    "params_transfer_type",
-    "launch_once",
-    "shutdown_timeout",
-    "launch_timeout",
-    "attach",
-    "client_memory_gc_rounds",
-    "cuda_empty_cache",
 )
 
 
@@ -185,9 +168,7 @@ class FedAvgRecipe(Recipe):
                 "as safetensors and, for PyTorch, as .pt"
             )
         settings = _settings(given)
-        sites = _sites(per_site_config, given)
-        some_external = any(each.is_external for each in sites.values())
-        defaults = _site_defaults(_inherited(given, {}) if some_external else given)
+        defaults, sites = make_sites(given)
         if sites and len(sites) < settings["min_clients"]:
             raise ConfigError("per_site_config", sorted(sites), f"at least min_clients={min_clients} sites")
         data_kind = _data_kind(aggregator_data_kind, settings["aggregator"], list(sites.values()) or [defaults])
@@ -218,10 +199,10 @@ class FedAvgRecipe(Recipe):
             settings["aggregator"] = settings["aggregator"].to_json()
         return {
             **settings,
-            **_site_parameters(job.site_defaults),
+            **site_parameters(job.site_defaults),
             "per_site_config": None
             if job.open_to_others
-            else {site: _site_parameters(config) for site, config in job.sites.items()} or None,
+            else {site: site_parameters(config) for site, config in job.sites.items()} or None,
             "name": job.name,
             "model": job.model.to_json() if isinstance(job.model, ClassRef) else job.model,
             "initial_ckpt": None if job.initial_ckpt is None else str(job.initial_ckpt),
@@ -286,70 +267,6 @@ def _check_together(settings: Mapping[str, Any]) -> None:
             if settings[parameter] is not None:
                 allowed = "None beside a custom aggregator, which alone decides what it averages and how"
                 raise ConfigError(parameter, settings[parameter], allowed)
-
-
-def _site_defaults(given: Mapping[str, Any], own: Mapping[str, str] | None = None) -> SiteConfig:
-    """What a site runs.
-
-    Args:
-        given: the parameters, by name.
-        own: how the user wrote a parameter that he gave for one site.
-    """
-    name = {key: key for key in _SITE_KEYS} | dict(own or {})
-    framework = check_enum(name["framework"], given["framework"], FrameworkType)
-    if framework is FrameworkType.TENSORFLOW:
-        raise NotImplementedError(
-            f"{name['framework']}={framework}: TensorFlow belongs to a later version; until then use FrameworkType.RAW"
-        )
-    gc_rounds = check_int(name["client_memory_gc_rounds"], given["client_memory_gc_rounds"], 0)
-    cuda = check_flag(name["cuda_empty_cache"], given["cuda_empty_cache"])
-    if cuda and not gc_rounds:
-        raise ConfigError(
-            name["cuda_empty_cache"], cuda, "needs client_memory_gc_rounds from 1: it is done at these clean-ups"
-        )
-    values = {key: given[key] for key in _SITE_KEYS if key != "client_memory_gc_rounds"}
-    values["train_script"] = check_script(name["train_script"], given["train_script"])
-    try:
-        return SiteConfig(**values, memory_gc_rounds=gc_rounds)
-    except ConfigError as error:
-        raise ConfigError(name.get(error.parameter, error.parameter), error.value, error.allowed) from error
-
-
-def _sites(per_site_config: object, given: Mapping[str, Any]) -> dict[str, SiteConfig]:
-    """Each site's configuration: its own values over those of all."""
-    if per_site_config is None:
-        return {}
-    sites = {}
-    for site, own in check_mapping("per_site_config", per_site_config).items():
-        check_site_name("per_site_config", site)
-        label = f"per_site_config[{site!r}]"
-        check_keys(check_mapping(label, own), _SITE_KEYS, (), label)
-        # None means the same as leaving it out, as in job scripts that pass on what they were given.
-        own = {key: value for key, value in own.items() if value is not None or key == "launch_timeout"}
-        values = {**_inherited(given, own), **own}
-        sites[site] = _site_defaults(values, {key: f"{label}[{key!r}]" for key in own})
-    return sites
-
-
-def _inherited(given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """What a site with its `own` values takes over from the job."""
-    values = dict(given)
-    # A site says in its own way who starts the process, if there is one at all.
-    for mine, other in (("attach", "launch_external_process"), ("launch_external_process", "attach")):
-        if own.get(mine) is True:
-            values[other] = False
-    launched, attached = ({**values, **own}[key] is True for key in ("launch_external_process", "attach"))
-    # What it takes to start a process is then meant for other sites.
-    if not launched:
-        values |= {"command": DEFAULT_COMMAND, "launch_once": True}
-    if not launched and not attached:
-        values["shutdown_timeout"] = 0.0
-    return values
-
-
-def _site_parameters(config: SiteConfig) -> dict[str, Any]:
-    """The parameters of a recipe, or of one site, that make `config`."""
-    return {key: getattr(config, "memory_gc_rounds" if key == "client_memory_gc_rounds" else key) for key in _SITE_KEYS}
 
 
 def _data_kind(value: object, aggregator: object, sites: list[SiteConfig]) -> DataKind | None:
