@@ -84,7 +84,6 @@ def _packed(registry: Registry, root: list[Any], n_buffers: int, arena: bytes, e
     encoder = Encoder(registry, MAX_BODY)
     encoder.inline_below = MAX_BODY
     encoder.arena += arena
-    encoder.arena += bytes(-len(arena) % 16)
     try:
         for at, name in enumerate(_AROUND, _FIRST):
             try:

@@ -74,6 +74,17 @@ class Returns(Filter):
         return None
 
 
+class Clears(Filter):
+    """Changes what it is given."""
+
+    needs_values = False
+
+    def process(self, model, task):
+        model.metrics.clear()
+        model.meta.clear()
+        return model
+
+
 class Plain:
     """No subclass, and says nothing about values."""
 
@@ -146,6 +157,16 @@ def test_filter_without_values_never_sees_params_and_leaves_them(build: Build) -
     assert (found.metrics, found.current_round, found.total_rounds) == ({"loss": 0.1}, 3, None)
     assert found.meta == {"site": "site-1", "log": [1]}
     assert chain._links[0].filter.seen == [(None, TRAIN)]
+    assert (model.metrics, model.meta) == ({"loss": 0.123}, {"NUM_STEPS_CURRENT_ROUND": 5})
+
+
+def test_metrics_and_meta_are_the_filters_own(build: Build) -> None:
+    """A filter without values may change the dicts it is given; the model that came in keeps its own."""
+    model = a_model()
+
+    found = build("Clears").apply(model, TRAIN)
+
+    assert (found.metrics, found.meta) == ({}, {})
     assert (model.metrics, model.meta) == ({"loss": 0.123}, {"NUM_STEPS_CURRENT_ROUND": 5})
 
 
