@@ -29,6 +29,8 @@ class Topic:
 
     ABORT = "_ABORT_"
     END = "_END_"
+    ERROR = "_ERROR_"
+    """Of a reply: the request failed, and the body says how (`flarebus.failure`)."""
     HEARTBEAT = "_HEARTBEAT_"
     PEER_GONE = "_PEER_GONE_"
 
