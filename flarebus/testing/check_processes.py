@@ -29,13 +29,13 @@ def peer_works_in_another_process(trial: PipeTrial) -> None:
             request = Message("echo", b"body", [sample(size, 1)])
             process.say({"do": "echo", "timeout": trial.patience})
             if end.send(request).result("to another process") is not True:
-                raise end.broken("send", "has to be True once the peer's receive has returned the message")
+                raise end.broken("send", "has to be True once the peer's receive, in another process, has returned it")
             reply = end.next("from another process")
             expected = Message("echo", b"body", request.buffers, type=reply.type, req_id=request.msg_id)
             expected.msg_id = reply.msg_id
             check_same(end, expected, reply)
             if _said(end, "send", process.expect, "echoed") is not True:
-                raise end.broken("send", "has to be True once the peer's receive, in another process, has returned")
+                raise end.broken("send", "in another process has to be True once the peer's receive has returned it")
         process.say({"do": "receive", "timeout": trial.patience})
         data = sample(1000, 2)
         end.send(Message("check", b"12", [data])).result("to another process")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import random
+import numpy as np
 
 __all__ = ["sample"]
 
 
 def sample(nbytes: int, seed: int = 0) -> bytearray:
     """So many bytes without a pattern, the same for the same seed."""
-    return bytearray(random.Random(seed).randbytes(nbytes))
+    return bytearray(np.random.default_rng(seed).bytes(nbytes))

@@ -282,12 +282,12 @@ class PipeTrial:
         """Send a message and receive it; both must succeed."""
         sending = sender.send(message)
         received = receiver.next(why)
+        if received.msg_id != message.msg_id:
+            raise receiver.broken("receive", f"returned another message than the one that was sent {why}".rstrip())
         if sending.result(why) is not True:
             raise sender.broken(
                 "send", f"has to be True once the peer's receive has returned the message {why}".rstrip()
             )
-        if received.msg_id != message.msg_id:
-            raise receiver.broken("receive", f"returned another message than the one that was sent {why}".rstrip())
         return received
 
 
