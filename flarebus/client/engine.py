@@ -94,11 +94,12 @@ class Engine(Protocol):
         Asked before the script sees it: with many sites in a process its turn may come long after the task.
         """
 
-    def answer(self, assignment: Assignment, result: FLModel) -> None:
-        """Return once the server holds `result` whole; `result` may be read until then, not later.
+    def answer(self, assignment: Assignment, result: FLModel) -> Callable[[], None] | None:
+        """Send `result`. What is returned waits until the server holds all of it, and is called, once, while the script
+        is away; None: there is nothing to wait for. `result` may be read until then, not later.
 
         Raises:
-            FlarebusError: it could not be delivered; the assignment is still open.
+            FlarebusError: it could not be delivered; the assignment is still open. So does the wait.
         """
 
     def log(self, key: str, value: Any, data_type: AnalyticsDataType, **kwargs: Any) -> None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flarebus.client.settings import ClientSettings
 from flarebus.errors import ClientApiError, EncodeError, FlarebusError
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["Session"]
 
 _log = logging.getLogger("flarebus.client")
+
+T = TypeVar("T")
 
 
 class Session:
@@ -160,9 +164,13 @@ class Session:
         """Answer the open task with `model`; see `flarebus.client.send`."""
         task, result = self._begin_send(model)
         try:
-            with self._away(), self._fetching:
-                self._deliver(task, result)
-                del result
+            # Away only if there is something to wait for: a turn that is given up comes back after everybody else's.
+            with ExitStack() as away, self._fetching:
+                wait = self._deliver(task, result)
+                if wait is not None:
+                    away.enter_context(self._away())
+                    self._unless_ended(wait)
+                del wait, result
                 self._end_send(model, clear_cache)
         finally:
             self._sending = False
@@ -172,15 +180,24 @@ class Session:
 
             release_memory(self.settings.cuda_empty_cache)
 
-    def _deliver(self, task: Assignment, result: FLModel) -> None:
-        """Answer, unless the job has ended: the script then goes on to `is_running`, which is False."""
+    def _deliver(self, task: Assignment, result: FLModel) -> Callable[[], None] | None:
+        if self._engine.ended is None:
+            return self._unless_ended(lambda: self._engine.answer(task, result))
+        self._tell_dropped()
+        return None
+
+    def _unless_ended(self, step: Callable[[], T]) -> T | None:
+        """Do a step of answering. It may fail once the job has ended: the script then goes on to `is_running`, which is
+        False."""
         try:
-            if self._engine.ended is None:
-                self._engine.answer(task, result)
-                return
+            return step()
         except FlarebusError:
             if self._engine.ended is None:
                 raise
+        self._tell_dropped()
+        return None
+
+    def _tell_dropped(self) -> None:
         _log.warning("%s: the job has ended (%s); a result was dropped", self._engine.site_name, self._engine.ended)
 
     def _begin_send(self, model: FLModel) -> tuple[Assignment, FLModel]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 from flarebus.cell import Cell
 from flarebus.client.engine import Assignment
@@ -18,7 +19,7 @@ from flarebus.metric import AnalyticsDataType
 from flarebus.model import FLModel
 from flarebus.pending import Pending
 
-__all__ = ["MetricOutbox", "SharedModel", "SiteEngine"]
+__all__ = ["Line", "MetricOutbox", "SharedModel", "SiteEngine"]
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +137,16 @@ def _may_travel(record: dict[str, Any]) -> bool:
     return True
 
 
+class Line(Protocol):
+    """Where the threads of one script line up for its turn."""
+
+    def line_up(self, gate: threading.Lock) -> None:
+        """Open `gate` when the script has the turn. It must not block."""
+
+    def stand_back(self, gate: threading.Lock) -> None:
+        """Nobody waits at `gate` any more: give up the turn that it brought, or would bring."""
+
+
 class SiteEngine:
     """One site inside a host; an `Engine` to its script.
 
@@ -167,7 +178,10 @@ class SiteEngine:
         self._server = server
         self._metrics = metrics
         self._log_note = note
-        self._changed = threading.Condition()
+        self.line: Line | None = None
+        """Where threads of the script line up for its turn; None: they need none."""
+        self._lock = threading.Lock()
+        self._gates: deque[threading.Lock] = deque()
         self._waiting: tuple[Assignment, SharedModel] | None = None
         self._open: Assignment | None = None
         self._unwanted = -1
@@ -178,13 +192,31 @@ class SiteEngine:
         """Wait for the next task; see `Engine`."""
         if self._open is not None:
             self._fail(self._open, "the script asked for its next task without answering this one")
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting is not None or self.ended is not None, timeout)
-            if self._waiting is None:
-                return None
-            self._open, _ = self._waiting
-            self._waiting = None
-            return self._open
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with self._lock:
+                if self._waiting is not None:
+                    self._open, _ = self._waiting
+                    self._waiting = None
+                    return self._open
+                if self.ended is not None or (deadline is not None and time.monotonic() >= deadline):
+                    return None
+                gate = threading.Lock()
+                gate.acquire()
+                self._gates.append(gate)
+            self._wait_at(gate, deadline)
+
+    def _wait_at(self, gate: threading.Lock, deadline: float | None) -> None:
+        """Return with a task at hand and the turn, or for the time or the end, or for nothing."""
+        opened = gate.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic()))
+        with self._lock:
+            if gate in self._gates:  # the time is up, and nobody will open it
+                self._gates.remove(gate)
+                return
+            in_vain = self._waiting is None and self.ended is None
+        # A turn that came for nothing (the task was cancelled meanwhile), or that may come when nobody waits for it.
+        if (in_vain or not opened) and self.line is not None:
+            self.line.stand_back(gate)
 
     def still_wanted(self, assignment: Assignment) -> bool:
         """Whether the task was not cancelled; see `Engine`."""
@@ -193,20 +225,29 @@ class SiteEngine:
         self._open = None
         return False
 
-    def answer(self, assignment: Assignment, result: FLModel) -> None:
-        """Send the result; returns when the server holds it, or at once if all of it fits into the message."""
+    def answer(self, assignment: Assignment, result: FLModel) -> Callable[[], None] | None:
+        """Send the result; there is nothing to wait for if all of it fits into the message."""
         payload = self._cell.share(result, (self._server,))
         fields = {"site": self.site_name, "number": int(assignment.task_id), "error": None, "model": payload.body}
         try:
             sent = self._cell.request(self._server, "task", "result", fields, payload=payload)
-            if payload.manifest is None:
-                # It was copied into the message; what becomes of it is for the log.
-                sent.on_done(self._note)
-            else:
-                self._note_reply(sent.result())
-            self._open = None
-        finally:
+        except BaseException:
             self._cell.withdraw(payload)
+            raise
+        if payload.manifest is None:
+            # It was copied into the message; what becomes of it is for the log.
+            sent.on_done(self._note)
+            self._open = None
+            return None
+
+        def wait() -> None:
+            try:
+                self._note_reply(sent.result())
+                self._open = None
+            finally:
+                self._cell.withdraw(payload)
+
+        return wait
 
     def log(self, key: str, value: Any, data_type: AnalyticsDataType, **kwargs: Any) -> None:
         """Hand over one metric record."""
@@ -230,27 +271,36 @@ class SiteEngine:
 
     def assign(self, assignment: Assignment, model: SharedModel) -> None:
         """A task came. It replaces any that was not fetched yet."""
-        with self._changed:
+        with self._lock:
             self._discard()
             if self.ended is not None:
                 model.drop()
                 return
             self._waiting = assignment, model
-            self._changed.notify()
+            gates = [self._gates.popleft()] if self._gates else []
+        self._open_gates(gates)
 
     def cancel(self, number: int) -> None:
         """Task `number` is not wanted any more: if the script has not seen it, it never will."""
         self._unwanted = number
-        with self._changed:
+        with self._lock:
             if self._waiting is not None and self._waiting[0].task_id == str(number):
                 self._discard()
 
     def end(self, reason: str) -> None:
         """No more tasks: a script that waits hears it now."""
-        with self._changed:
+        with self._lock:
             self.ended = self.ended or reason
             self._discard()
-            self._changed.notify_all()
+            gates, self._gates = self._gates, deque()
+        self._open_gates(gates)
+
+    def _open_gates(self, gates: Iterable[threading.Lock]) -> None:
+        for gate in gates:
+            if self.line is None:
+                gate.release()
+            else:
+                self.line.line_up(gate)
 
     def script_ended(self, cause: str, has_received: bool) -> None:
         """The script has ended: tell the server if a task will not be answered because of that.
@@ -262,7 +312,7 @@ class SiteEngine:
         if self._open is not None:
             self._fail(self._open, cause or "the script ended without answering its task")
         elif cause and not has_received:
-            with self._changed:
+            with self._lock:
                 unfit = self._waiting
                 self._discard()
             if unfit is not None:

@@ -101,7 +101,7 @@ class SiteHost:
             lambda text: self._logs.note(name, "WARNING", text),
         )
         self._engines[name] = engine
-        self._scripts[name] = SiteScript(
+        engine.line = self._scripts[name] = SiteScript(
             engine,
             site.config.train_script,
             site.config.train_args,

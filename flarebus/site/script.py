@@ -117,6 +117,7 @@ class SiteScript:
         self._task_waiting = task_waiting
         self._on_end = on_end
         self._lock = threading.Lock()
+        self._place: Place | None = None
         self._idle = threading.Event()
         self._idle.set()
         self._woken = False
@@ -143,6 +144,18 @@ class SiteScript:
         except RuntimeError as error:  # too many threads, or no memory for one
             self._idle.set()
             self._on_end(Outcome(self.site, f"no thread for the script: {error}", 1, 0, 0, None))
+
+    def line_up(self, gate: threading.Lock) -> None:
+        """Open `gate` when the script has the turn; see `Turnstile.line_up`."""
+        if self._place is None:
+            gate.release()
+        else:
+            self._turnstile.line_up(self._place, gate)
+
+    def stand_back(self, gate: threading.Lock) -> None:
+        """Nobody waits at `gate` any more; see `Turnstile.stand_back`."""
+        if self._place is not None:
+            self._turnstile.stand_back(self._place, gate)
 
     def wait_ended(self, timeout_s: float | None = None) -> bool:
         """Wait until no script runs; False if the time was up first."""
@@ -191,7 +204,7 @@ class SiteScript:
         main.__dict__.update(__file__=str(self._script), __builtins__=builtins, __cached__=None)
         argv = [str(self._script), *self._args]
         path = [str(self._script.parent), *self._turnstile.base_path]
-        place = Place(argv, str(self._folder), path, main, seat)
+        self._place = place = Place(argv, str(self._folder), path, main, seat)
         seat.away = lambda: self._turnstile.away(place)
         threads = {thread.ident for thread in threading.enumerate()}
         try:

@@ -87,6 +87,8 @@ class Turnstile:
         self._mutex = threading.Lock()
         self._queue: deque[tuple[Place, threading.Lock]] = deque()
         self._holder: Place | None = None
+        # The gate that opened with the turn, until a thread of the holder has come to take it.
+        self._untaken: threading.Lock | None = None
         self._base = Place(sys.argv, os.getcwd(), sys.path, sys.modules["__main__"], None)
         self._base.source = ""  # modules that lie beside the host's own program are for all
         self._installed = self._base
@@ -118,10 +120,12 @@ class Turnstile:
             OSError: its working directory is gone. It has the turn all the same.
         """
         with self._mutex:
-            if place.closed or self._holder is place:
+            if place.closed:
                 return
             if self._holder is None:  # then nobody waits either
                 self._give_to(place)
+            if self._holder is place:
+                self._untaken = None
                 self._install(place)
                 return
             gate = threading.Lock()
@@ -130,7 +134,29 @@ class Turnstile:
         gate.acquire()
         with self._mutex:
             if self._holder is place:  # else the turn was taken away before this thread ran
+                self._untaken = None
                 self._install(place)
+
+    def line_up(self, place: Place, gate: threading.Lock) -> None:
+        """Open `gate` when `place` has the turn: a thread that waits for something else is then woken once, not first
+        by that and again by its turn. It still has to `take` the turn, which it gets at once. Any thread may call.
+        """
+        with self._mutex:
+            if self._holder is None and not place.closed:
+                self._give_to(place)
+                self._untaken = gate
+            if place.closed or self._holder is place:
+                gate.release()
+            else:
+                self._queue.append((place, gate))
+
+    def stand_back(self, place: Place, gate: threading.Lock) -> None:
+        """Nobody waits at `gate` any more: take it out of the line, or give up the turn that it brought."""
+        with self._mutex:
+            if (place, gate) in self._queue:
+                self._queue.remove((place, gate))
+            elif self._untaken is gate:
+                self._pass_on()
 
     def give_up(self, place: Place) -> None:
         """Pass the turn on; does nothing if `place` does not have it."""
@@ -159,11 +185,12 @@ class Turnstile:
                 self._pass_on()
 
     def _pass_on(self) -> None:
-        self._holder = None
+        self._holder = self._untaken = None
         while self._queue and self._holder is None:
             place, gate = self._queue.popleft()
             if not place.closed:
                 self._give_to(place)
+                self._untaken = gate
             gate.release()
         if self._holder is None:
             self._tell("")

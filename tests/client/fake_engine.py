@@ -26,6 +26,8 @@ class FakeEngine:
         self.answers: queue.SimpleQueue[tuple[Assignment, FLModel]] = queue.SimpleQueue()
         self.logged: list[tuple[str, Any, AnalyticsDataType, dict[str, Any]]] = []
         self.refusal: FlarebusError | None = None
+        self.wait: Callable[[], None] | None = None
+        """What there is to wait for after an answer."""
         self.cancelled: set[str] = set()
         """Ids of tasks that are not wanted any more."""
         self.waiting: queue.SimpleQueue[float | None] = queue.SimpleQueue()
@@ -70,10 +72,11 @@ class FakeEngine:
     def still_wanted(self, assignment: Assignment) -> bool:
         return assignment.task_id not in self.cancelled
 
-    def answer(self, assignment: Assignment, result: FLModel) -> None:
+    def answer(self, assignment: Assignment, result: FLModel) -> Callable[[], None] | None:
         if self.refusal is not None:
             raise self.refusal
         self.answers.put((assignment, result))
+        return self.wait
 
     def log(self, key: str, value: Any, data_type: AnalyticsDataType, **kwargs: Any) -> None:
         self.logged.append((key, value, data_type, kwargs))

@@ -16,7 +16,7 @@ import pytest
 
 import flarebus.client as flare
 from flarebus.client.engine import Seat, seat_of_caller, set_fallback, sit
-from flarebus.errors import ClientApiError, Closed, ConfigError, UsageError
+from flarebus.errors import ClientApiError, Closed, ConfigError, FlarebusError, UsageError
 from tests.client.fake_engine import LIMIT_S, FakeEngine
 
 Sit = Callable[..., FakeEngine]
@@ -319,6 +319,7 @@ def test_memory_is_free_before_the_script_comes_back() -> None:
     """Coming back may be a long wait for the turn: params are gone before it begins."""
     engine, seen = FakeEngine(), []
     sent = weights()
+    engine.wait = lambda: seen.append(sent.params)
 
     @contextmanager
     def away() -> Any:
@@ -329,9 +330,51 @@ def test_memory_is_free_before_the_script_comes_back() -> None:
         flare.init()
         engine.give(weights())
         flare.receive()
+        seen.clear()
+        params = sent.params
         flare.send(sent)
 
-    assert seen[-1] is None
+    assert seen == [params, None]
+
+
+def test_the_script_is_away_only_while_it_waits() -> None:
+    """An answer that needs no waiting keeps the turn: to get it back could take as long as all others work."""
+    engine, seen = FakeEngine(), []
+
+    @contextmanager
+    def away() -> Any:
+        seen.append("away")
+        yield
+        seen.append("back")
+
+    with sit(Seat(engine, away), {}):
+        flare.init()
+        for wait in (None, lambda: seen.append("waits")):
+            engine.wait = wait
+            engine.give(weights())
+            flare.receive()
+            seen.append("sends")
+            flare.send(weights())
+
+    assert seen == ["away", "back", "sends", "away", "back", "sends", "away", "waits", "back"]
+
+
+def test_a_wait_that_fails_leaves_the_task_open(engine: FakeEngine) -> None:
+    """What could not be delivered can be sent again; once the job has ended it is dropped instead."""
+
+    def fail() -> None:
+        raise FlarebusError("lost")
+
+    engine.wait = fail
+    flare.init()
+    engine.give(weights())
+    flare.receive()
+    with pytest.raises(FlarebusError, match="lost"):
+        flare.send(weights())
+    engine.ended = "completed"
+    flare.send(weights())
+
+    assert not flare.is_running()
 
 
 def test_keeping_the_cache_leaves_both_models_alone(engine: FakeEngine) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -153,6 +154,13 @@ def answer(size: int = 4) -> FLModel:
     return FLModel(params={"w": np.ones(size, np.float32)})
 
 
+def deliver(engine: SiteEngine, task: Assignment, model: FLModel) -> None:
+    """Answer, and wait until the server has all of it."""
+    wait = engine.answer(task, model)
+    assert wait is not None
+    wait()
+
+
 def on_thread(work: Any) -> Pending[Any]:
     """Run `work` on a thread; its outcome."""
     outcome: Pending[Any] = Pending()
@@ -244,6 +252,75 @@ def test_a_task_cancelled_before_the_script_saw_it_is_taken_back(server: Server)
     assert server.results.empty()
 
 
+class Crowd:
+    """A line in which the turn comes when the test says so."""
+
+    def __init__(self) -> None:
+        self.gates: queue.SimpleQueue[threading.Lock] = queue.SimpleQueue()
+        self.stood_back: queue.SimpleQueue[threading.Lock] = queue.SimpleQueue()
+
+    def line_up(self, gate: threading.Lock) -> None:
+        self.gates.put(gate)
+
+    def stand_back(self, gate: threading.Lock) -> None:
+        self.stood_back.put(gate)
+
+
+def waits(engine: SiteEngine) -> None:
+    """Return when a thread waits for a task."""
+    deadline = time.monotonic() + LIMIT_S
+    while not engine._gates:
+        assert time.monotonic() < deadline
+
+
+def test_a_task_wakes_its_script_in_its_turn(server: Server) -> None:
+    """Until the turn has come the thread sleeps on; what it finds then is the last task that came."""
+    server.engine.line = crowd = Crowd()
+    waiting = on_thread(lambda: server.engine.next_task(None))
+    waits(server.engine)
+    server.assign(3)
+    gate = crowd.gates.get(timeout=LIMIT_S)
+    server.assign(4)
+    assert not waiting.is_done
+
+    gate.release()
+    assert waiting.result(LIMIT_S).task_id == "4"
+    assert crowd.gates.empty()
+    assert crowd.stood_back.empty()
+
+
+def test_a_turn_that_came_for_nothing_is_given_up(server: Server) -> None:
+    """A script whose task was cancelled while it stood in line goes on waiting, without the turn."""
+    server.engine.line = crowd = Crowd()
+    waiting = on_thread(lambda: server.engine.next_task(None))
+    waits(server.engine)
+    server.assign(3)
+    gate = crowd.gates.get(timeout=LIMIT_S)
+    server.engine.cancel(3)
+    gate.release()
+    assert crowd.stood_back.get(timeout=LIMIT_S) is gate
+
+    waits(server.engine)
+    server.assign(4)
+    crowd.gates.get(timeout=LIMIT_S).release()
+    assert waiting.result(LIMIT_S).task_id == "4"
+
+
+def test_whose_time_is_up_stands_back(server: Server) -> None:
+    """A script that waits no longer leaves the line; a task that came in time is taken all the same."""
+    server.engine.line = crowd = Crowd()
+    waiting = on_thread(lambda: server.engine.next_task(0.2))
+    waits(server.engine)
+    server.assign(3)
+    assert waiting.result(LIMIT_S).task_id == "3"
+    assert crowd.stood_back.get(timeout=LIMIT_S) is crowd.gates.get(timeout=LIMIT_S)
+
+    assert server.engine.next_task(0.01) is None
+    server.assign(4)
+    assert crowd.gates.empty()
+    assert crowd.stood_back.empty()
+
+
 def test_the_end_wakes_everybody_for_good(server: Server) -> None:
     """All threads that wait for a task hear the end, and later ones do not wait; the first reason stays."""
     waiting = [on_thread(lambda: server.engine.next_task(None)) for _ in range(3)]
@@ -282,7 +359,7 @@ def test_a_big_answer_returns_when_the_server_has_it(server: Server) -> None:
     server.assign(3)
     task = server.engine.next_task(0)
     assert task is not None
-    sending = on_thread(lambda: server.engine.answer(task, answer(BIG)))
+    sending = on_thread(lambda: deliver(server.engine, task, answer(BIG)))
     delivery = server.results.get(timeout=LIMIT_S)
     assert delivery.nbytes == 4 * BIG
     delivery.pull().result(LIMIT_S)
@@ -299,7 +376,7 @@ def test_an_answer_that_cannot_be_delivered_leaves_the_task_open(server: Server)
     server.assign(3)
     task = server.engine.next_task(0)
     assert task is not None
-    sending = on_thread(lambda: server.engine.answer(task, answer(BIG)))
+    sending = on_thread(lambda: deliver(server.engine, task, answer(BIG)))
     server.results.get(timeout=LIMIT_S).fail(DecodeError("it cannot be read"))
     with pytest.raises(FlarebusError, match="it cannot be read"):
         sending.result(LIMIT_S)

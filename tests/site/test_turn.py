@@ -129,6 +129,69 @@ def test_away_lets_others_work_and_comes_back(turnstile: Turnstile, tmp_path: Pa
     turnstile.leave(a)
 
 
+def test_a_gate_opens_with_the_turn(turnstile: Turnstile, tmp_path: Path) -> None:
+    """Who lines up is not woken before its turn has come; then everything of it is in place once it takes the turn."""
+    first, second = place("first", tmp_path / "1"), place("second", tmp_path / "2")
+    gates = [threading.Lock() for _ in range(3)]
+    for gate in gates:
+        gate.acquire()
+    turnstile.take(first)
+    turnstile.line_up(first, gates[0])
+    turnstile.line_up(second, gates[1])
+    assert [gate.locked() for gate in gates] == [False, True, True]
+
+    turnstile.give_up(first)
+    assert not gates[1].locked()
+    assert turnstile.holder is second
+    turnstile.take(second)
+    assert sys.argv == ["second"]
+    turnstile.leave(second)
+    turnstile.line_up(second, gates[2])
+    assert not gates[2].locked()
+    assert turnstile.holder is None
+
+
+def test_a_gate_opens_at_once_if_nobody_has_the_turn(turnstile: Turnstile, tmp_path: Path) -> None:
+    """The turn is reserved for whoever lined up, and it does not go to others before that thread has come."""
+    first, second = place("first", tmp_path / "1"), place("second", tmp_path / "2")
+    gate, late = threading.Lock(), threading.Lock()
+    gate.acquire()
+    late.acquire()
+    turnstile.line_up(first, gate)
+    turnstile.line_up(second, late)
+
+    assert (gate.locked(), late.locked()) == (False, True)
+    turnstile.take(first)
+    assert sys.argv == ["first"]
+    turnstile.leave(first)
+    assert not late.locked()
+    turnstile.leave(second)
+
+
+def test_who_stands_back_is_out_of_the_line_or_passes_the_turn_on(turnstile: Turnstile, tmp_path: Path) -> None:
+    """A gate at which nobody waits any more must not keep the turn from the others."""
+    first, second, third = (place(name, tmp_path / name) for name in ("1", "2", "3"))
+    gates = [threading.Lock() for _ in range(2)]
+    for gate in gates:
+        gate.acquire()
+    turnstile.take(first)
+    turnstile.line_up(second, gates[0])
+    turnstile.line_up(third, gates[1])
+    turnstile.stand_back(second, gates[0])
+    turnstile.give_up(first)
+    assert turnstile.holder is third
+
+    turnstile.stand_back(third, gates[1])
+    assert turnstile.holder is None
+    turnstile.take(first)
+    gates[0].acquire(blocking=False)
+    turnstile.line_up(first, gates[0])
+    turnstile.stand_back(first, gates[0])
+    assert turnstile.holder is first, "the turn that another thread of it has is not given up"
+    for each in (first, second, third):
+        turnstile.leave(each)
+
+
 def test_coming_back_by_error_takes_the_turn_as_well(turnstile: Turnstile, tmp_path: Path) -> None:
     """A wait that ends with an exception does not leave the script without its turn."""
     a = place("a", tmp_path)
