@@ -34,7 +34,7 @@ from flarebus.job.definition import JobDefinition
 from flarebus.model import FLModel
 from flarebus.pending import Pending
 from flarebus.server.archive import Archive
-from flarebus.server.open_task import Arrived, OpenTask
+from flarebus.server.open_task import Arrived, OpenTask, named, results_in
 from flarebus.server.pool import HostEnd
 from flarebus.server.roster import Roster
 from flarebus.server.tally import Tally
@@ -98,6 +98,7 @@ class ServerJob:
         self._posting = threading.Lock()
         cell.inbox("task", "join", lambda delivery: self._post(lambda: self._join(delivery)))
         cell.inbox("task", "result", self._result_came)
+        cell.inbox("task", "results", self._results_came)
         cell.inbox("metric", "records", self._fetch_records)
         cell.on_gone(lambda names: self._post(lambda: self._gone(names)))
 
@@ -322,7 +323,7 @@ class ServerJob:
 
     def _join(self, delivery: Delivery) -> None:
         try:
-            announced = [_named(site) for site in delivery.plain()["sites"]]
+            announced = [named(site) for site in delivery.plain()["sites"]]
         except (DecodeError, KeyError, TypeError) as problem:
             delivery.fail(DecodeError(f"the sites that join cannot be read: {problem}"))
             return
@@ -349,44 +350,67 @@ class ServerJob:
     def _result(self, delivery: Delivery) -> None:
         try:
             fields = delivery.plain()
-            site, number, error, body = _named(fields["site"]), fields["number"], fields["error"], fields["model"]
+            site, number, error, body = named(fields["site"]), fields["number"], fields["error"], fields["model"]
             if type(body) is not bytes:
                 raise TypeError("its model is not encoded")
         except (DecodeError, KeyError, TypeError) as problem:
             delivery.fail(DecodeError(f"result cannot be read: {problem}"))
             return
-        open_task = self._open
-        if not self.roster.runs(delivery.source, site):
-            log.warning("%s answered for %.80r, which it does not run", delivery.source, site)
-            delivery.reply({"accepted": False, "reason": "not your site"})
+        self._take_result(Arrived(site, delivery, body), number, error)
+
+    def _results_came(self, delivery: Delivery) -> None:
+        # On the bus thread. They are here whole, so their host is answered before they are used.
+        try:
+            results = results_in(delivery, self._tell_refused)
+        except DecodeError as problem:
+            delivery.fail(problem)
+            return
+        delivery.reply()
+
+        def take() -> None:
+            for number, arrived in results:
+                self._take_result(arrived, number, None)
+
+        self._post(take)
+
+    def _tell_refused(self, host: str, site: str, number: int, reason: str) -> None:
+        with contextlib.suppress(Closed):  # nobody is left to be told
+            self._cell.notify(host, "task", "refused", {"site": site, "number": number, "reason": reason})
+
+    def _take_result(self, arrived: Arrived, number: Any, error: Any) -> None:
+        open_task, site = self._open, arrived.site
+        if not self.roster.runs(arrived.delivery.source, site):
+            log.warning("%s answered for %.80r, which it does not run", arrived.delivery.source, site)
+            arrived.answer("not your site")
         elif open_task is None or number != open_task.number:
-            delivery.reply({"accepted": False, "reason": "the round is closed"})
+            arrived.answer("the round is closed")
         elif site in open_task.arrived or site in open_task.tally.usable:
-            delivery.reply({"accepted": True, "reason": ""})
+            arrived.answer(None)
         elif not open_task.waits_for(site):
-            delivery.reply({"accepted": False, "reason": open_task.tally.failed.get(site, "the round is closed")})
+            arrived.answer(open_task.tally.failed.get(site, "the round is closed"))
         elif error is not None:
             self._fail(site, str(error))
-            delivery.reply({"accepted": True, "reason": ""})
+            arrived.answer(None)
         else:
-            open_task.arrived[site] = Arrived(site, delivery, body)
+            open_task.add(arrived)
 
     def _stage(self, open_task: OpenTask) -> None:
         """Start pulling what has arrived, in the order it will be used, while there is room for it."""
-        for arrived in open_task.unstaged():
-            nbytes = arrived.delivery.nbytes
+        while (arrived := open_task.next_unstaged()) is not None:
+            nbytes = arrived.nbytes
             if nbytes > _most_bytes(open_task):
                 reason = f"result of {nbytes} bytes for a model of {open_task.nbytes}"
-                del open_task.arrived[arrived.site]
+                open_task.remove(arrived.site)
                 self._fail(arrived.site, reason)
                 arrived.answer(reason)
                 continue
             # One is always under way, whatever the controller keeps: a round must not wait for its own results.
-            if open_task.is_staging and self._pool.leased_bytes + nbytes > max(STAGED_RESULTS * nbytes, STAGED_BYTES):
+            must = not open_task.is_staging or open_task.is_awaited(arrived)
+            if not must and self._pool.leased_bytes + nbytes > max(STAGED_RESULTS * nbytes, STAGED_BYTES):
                 return
-            arrived.pulled = arrived.delivery.pull(self._pool)
+            open_task.stage(arrived, self._pool)
             # Only to wake this thread; what was pulled is found where it is.
-            if not arrived.is_here:
+            if arrived.pulled is not None and not arrived.is_here:
                 arrived.pulled.on_done(lambda _: self._post(_nothing))
 
     def _open_result(self, open_task: OpenTask, arrived: Arrived) -> Result | None:
@@ -397,7 +421,7 @@ class ServerJob:
             self._take_waiting_events()
             if open_task.arrived.get(arrived.site) is not arrived:
                 return None
-        del open_task.arrived[arrived.site]
+        open_task.remove(arrived.site)
         try:
             model = decode(arrived.body, arrived.pulled.result())
             if type(model) is not FLModel:
@@ -448,7 +472,7 @@ class ServerJob:
         for site in self.roster.sites_of(host):
             arrived = self._open.arrived.get(site)
             if arrived is not None and arrived.delivery.message.manifest is not None and not arrived.is_whole:
-                del self._open.arrived[site]
+                self._open.forget(site)
 
     def _host_died(self, end: HostEnd) -> None:
         log.warning("%s: %s", end.address, end.reason)
@@ -507,12 +531,6 @@ def _outgoing(task: Task) -> FLModel:
         total_rounds=task.total_rounds,
         meta={**model.meta, **task.meta},
     )
-
-
-def _named(site: Any) -> str:
-    if type(site) is not str:
-        raise TypeError(f"a site of type {type(site).__name__}")
-    return site
 
 
 def _nothing() -> None:

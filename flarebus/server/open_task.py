@@ -1,32 +1,70 @@
 """OpenTask: the broadcast that runs now: which results have arrived, in what order they are used, what is fetched.
 
-A result *arrives* as a message; its arrays are then fetched, which takes room and time; only then it is *here*.
+A result *arrives* as a message; its arrays are then fetched (*staged*), which takes room and time; only then it is
+*here*. Nothing here looks at all results for one of them: there may be thousands.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from flarebus.cell import Payload
 from flarebus.delivery import Delivery
+from flarebus.errors import DecodeError
 from flarebus.pending import Pending
 from flarebus.server.tally import Tally
+from flarebus.slab import SlabPool
 from flarebus.workflow.controller import Task
 
-__all__ = ["Arrived", "OpenTask"]
+__all__ = ["Arrived", "OpenTask", "named", "results_in"]
 
 
 class Arrived:
-    """A result whose message is here; its arrays may not be yet."""
+    """A result whose message is here; its arrays may not be yet.
 
-    __slots__ = ("body", "delivery", "pulled", "site")
+    Args:
+        site: whose it is.
+        delivery: its message.
+        body: the encoded model.
+        buffers: which of the message's buffers are this result's; None: all of them.
+        tell: tells the site that its result was refused, and why, if the message is not answered with that.
+    """
 
-    def __init__(self, site: str, delivery: Delivery, body: bytes) -> None:
+    __slots__ = ("_buffers", "_tell", "body", "delivery", "pulled", "site")
+
+    def __init__(
+        self,
+        site: str,
+        delivery: Delivery,
+        body: bytes,
+        buffers: slice | None = None,
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
         self.site = site
         self.delivery = delivery
         self.body = body
         self.pulled: Pending[Sequence[Any]] | None = None
+        self._buffers = buffers
+        self._tell = tell
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        if self._buffers is None:
+            return self.delivery.nbytes
+        bundle = self.delivery.message.bundle
+        return 0 if bundle is None else sum(bundle.lengths[self._buffers])
+
+    def pull(self, pool: SlabPool) -> None:
+        """Have its arrays brought here."""
+        pulled = self.delivery.pull(pool)
+        if self._buffers is not None:
+            pulled, whole = Pending(), pulled.result()  # they came in the message: nothing is waited for
+            pulled.set(whole[self._buffers])
+        self.pulled = pulled
 
     @property
     def is_here(self) -> bool:
@@ -39,8 +77,11 @@ class Arrived:
         return self.pulled is not None and self.pulled.is_done and self.pulled.error() is None
 
     def answer(self, refused: str | None) -> None:
-        """Tell the site what became of it; its `send` returns then."""
-        self.delivery.reply({"accepted": refused is None, "reason": refused or ""})
+        """Tell the site what became of it: if its message is its alone, its `send` may wait for that."""
+        if self._tell is None:
+            self.delivery.reply({"accepted": refused is None, "reason": refused or ""})
+        elif refused is not None:
+            self._tell(refused)
 
 
 class OpenTask:
@@ -58,41 +99,129 @@ class OpenTask:
         self.is_closing = False
         self.nbytes = payload.nbytes + len(payload.body)
         self.arrived: dict[str, Arrived] = {}
+        """What has arrived and is not used yet; changed by the methods here only."""
         self.metrics: dict[str, dict[str, Any]] = {}
+        self._staged: dict[str, Arrived] = {}
+        # What is to be staged, in the order of use; some of it may be gone.
+        self._line: deque[Arrived] = deque()
+        # In order: the targets before this one are in line, staged, used, or not waited for.
+        self._lined = 0
+        # In order: the targets before this one are used or not waited for.
         self._done = 0
 
-    def unstaged(self) -> list[Arrived]:
-        """What has arrived and is not being pulled, in the order of use."""
-        return [arrived for arrived in self._in_turn() if arrived.pulled is None]
+    def add(self, arrived: Arrived) -> None:
+        """A result has arrived."""
+        self.arrived[arrived.site] = arrived
+        if not self.in_order:
+            self._line.append(arrived)
+
+    def remove(self, site: str) -> None:
+        """The result of `site` is used, or never will be."""
+        del self.arrived[site]
+        self._staged.pop(site, None)
+
+    def forget(self, site: str) -> None:
+        """The result of `site` cannot be fetched any more; another one may arrive."""
+        self.remove(site)
+        if self.in_order:
+            self._line.clear()
+            self._lined = 0
+
+    def next_unstaged(self) -> Arrived | None:
+        """The next result to stage, in the order of use."""
+        self._line_up()
+        while self._line:
+            arrived = self._line[0]
+            if arrived.pulled is None and self.arrived.get(arrived.site) is arrived:
+                return arrived
+            self._line.popleft()
+        return None
+
+    def stage(self, arrived: Arrived, pool: SlabPool) -> None:
+        """Fetch the next result."""
+        arrived.pull(pool)
+        self._staged[arrived.site] = arrived
 
     @property
     def is_staging(self) -> bool:
         """Whether a result is being fetched, or is here and not yet taken."""
-        return any(arrived.pulled is not None for arrived in self.arrived.values())
+        return bool(self._staged)
 
     def next_ready(self) -> Arrived | None:
         """A result that is here and whose turn it is."""
-        for arrived in self._in_turn():
-            if arrived.is_here:
+        if not self.in_order:
+            return next((arrived for arrived in self._staged.values() if arrived.is_here), None)
+        arrived = self._next_in_order()
+        return arrived if arrived is not None and arrived.is_here else None
+
+    def is_awaited(self, arrived: Arrived) -> bool:
+        """Whether no other result can be used before this one."""
+        return self.in_order and self._next_in_order() is arrived
+
+    def _next_in_order(self) -> Arrived | None:
+        targets, open_sites = self.targets, self.tally.open
+        while self._done < len(targets) and targets[self._done] not in open_sites:
+            self._done += 1
+        for index in range(self._done, len(targets)):
+            arrived = self.arrived.get(targets[index])
+            if arrived is not None or (targets[index] in open_sites and not self.is_closing):
                 return arrived
-            if self.in_order:
-                return None
         return None
 
     def waits_for(self, site: str) -> bool:
         """Whether an answer of `site` would count, and none has arrived."""
         return site in self.tally.open and site not in self.arrived and not self.is_closing
 
-    def _in_turn(self) -> Iterator[Arrived]:
-        """What has arrived, as far as its turn has come."""
+    def _line_up(self) -> None:
+        """In order: put into line what has arrived, as far as its turn has come."""
         if not self.in_order:
-            yield from list(self.arrived.values())
             return
-        targets, open_sites = self.targets, self.tally.open
-        while self._done < len(targets) and targets[self._done] not in open_sites:
-            self._done += 1
-        for site in targets[self._done :]:
-            if site in self.arrived:
-                yield self.arrived[site]
-            elif site in open_sites and not self.is_closing:
+        while self._lined < len(self.targets):
+            site = self.targets[self._lined]
+            arrived = self.arrived.get(site)
+            if arrived is not None:
+                if arrived.pulled is None:
+                    self._line.append(arrived)
+            elif site in self.tally.open and not self.is_closing:
                 return
+            self._lined += 1
+
+
+def results_in(delivery: Delivery, tell: Callable[[str, str, int, str], None]) -> list[tuple[int, Arrived]]:
+    """The results in a message that carries several, each with the number of its task.
+
+    Args:
+        tell: called with host, site, number and reason when one is refused.
+
+    Raises:
+        DecodeError: it is no such message.
+    """
+    try:
+        if delivery.message.manifest is not None:
+            raise TypeError("their arrays are not in the message")
+        return list(_results_in(delivery, tell))
+    except (DecodeError, KeyError, TypeError) as problem:
+        raise DecodeError(f"results cannot be read: {problem}") from problem
+
+
+def _results_in(delivery: Delivery, tell: Callable[[str, str, int, str], None]) -> Iterator[tuple[int, Arrived]]:
+    bundle, end = delivery.message.bundle, 0
+    for entry in delivery.plain()["results"]:
+        site, number, body, count = named(entry["site"]), entry["number"], entry["model"], entry["buffers"]
+        if type(body) is not bytes or type(number) is not int or type(count) is not int or count < 0:
+            raise TypeError("a model that is not encoded, or a number that is none")
+        begin, end = end, end + count
+        yield number, Arrived(site, delivery, body, slice(begin, end), partial(tell, delivery.source, site, number))
+    if end != (0 if bundle is None else len(bundle.lengths)):
+        raise TypeError("more or fewer buffers than belong to them")
+
+
+def named(site: Any) -> str:
+    """A site's name as it came.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if type(site) is not str:
+        raise TypeError(f"a site of type {type(site).__name__}")
+    return site

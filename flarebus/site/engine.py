@@ -18,6 +18,7 @@ from flarebus.message import Buffer
 from flarebus.metric import AnalyticsDataType
 from flarebus.model import FLModel
 from flarebus.pending import Pending
+from flarebus.site.outbox import ResultOutbox
 
 __all__ = ["Line", "MetricOutbox", "SharedModel", "SiteEngine"]
 
@@ -157,6 +158,7 @@ class SiteEngine:
         cell: the host's cell.
         server: address of the server job.
         metrics: where metric records go.
+        results: where small results go.
         note: writes a line about the site into its log.
     """
 
@@ -168,6 +170,7 @@ class SiteEngine:
         cell: Cell,
         server: str,
         metrics: MetricOutbox,
+        results: ResultOutbox,
         note: Callable[[str], None],
     ) -> None:
         self.site_name = site
@@ -177,6 +180,7 @@ class SiteEngine:
         self._cell = cell
         self._server = server
         self._metrics = metrics
+        self._results = results
         self._log_note = note
         self.line: Line | None = None
         """Where threads of the script line up for its turn; None: they need none."""
@@ -228,17 +232,18 @@ class SiteEngine:
     def answer(self, assignment: Assignment, result: FLModel) -> Callable[[], None] | None:
         """Send the result; there is nothing to wait for if all of it fits into the message."""
         payload = self._cell.share(result, (self._server,))
-        fields = {"site": self.site_name, "number": int(assignment.task_id), "error": None, "model": payload.body}
+        number = int(assignment.task_id)
+        if self._results.takes(payload):
+            # It was copied into the payload; what becomes of it is for the log.
+            self._results.put(self.site_name, number, payload, self._log_note)
+            self._open = None
+            return None
+        fields = {"site": self.site_name, "number": number, "error": None, "model": payload.body}
         try:
             sent = self._cell.request(self._server, "task", "result", fields, payload=payload)
         except BaseException:
             self._cell.withdraw(payload)
             raise
-        if payload.manifest is None:
-            # It was copied into the message; what becomes of it is for the log.
-            sent.on_done(self._note)
-            self._open = None
-            return None
 
         def wait() -> None:
             try:
@@ -333,13 +338,11 @@ class SiteEngine:
         except FlarebusError as error:
             self._log_note(f"failure not reported: {error}")
 
-    def _note(self, sent: Pending[Delivery]) -> None:
-        if sent.error() is None:
-            self._note_reply(sent.result())
-        else:
-            self._log_note(f"result not delivered: {sent.error()}")
-
     def _note_reply(self, reply: Delivery) -> None:
         answer = reply.plain()
         if not answer["accepted"]:
-            self._log_note(f"the server did not use the result: {answer['reason']}")
+            self.note_refused(answer["reason"])
+
+    def note_refused(self, reason: str) -> None:
+        """The server did not use a result."""
+        self._log_note(f"the server did not use the result: {reason}")

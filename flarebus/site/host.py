@@ -23,6 +23,7 @@ from flarebus.message import Buffer
 from flarebus.pending import Pending
 from flarebus.site.engine import MetricOutbox, SharedModel, SiteEngine
 from flarebus.site.log_config import LogConfig
+from flarebus.site.outbox import ResultOutbox
 from flarebus.site.output import SiteLogs
 from flarebus.site.script import CodeCache, Outcome, SiteScript
 from flarebus.site.turn import Turnstile
@@ -75,6 +76,7 @@ class SiteHost:
         self._cell = cell
         self._server = server
         self._metrics = MetricOutbox(cell, server)
+        self._results = ResultOutbox(cell, server)
         self._logs = SiteLogs(log_config, console=console)
         self._over = threading.Event()
         self._turnstile = Turnstile(on_turn)
@@ -85,6 +87,7 @@ class SiteHost:
             self._add(site, job_id, codes)
         cell.inbox("task", "assign", self._assign)
         cell.on("task", "cancel", self._cancel)
+        cell.on("task", "refused", self._refused)
         cell.on("task", "end", lambda delivery: self.end(delivery.value()["reason"]))
         cell.on_link_lost(self._lost)
 
@@ -98,6 +101,7 @@ class SiteHost:
             self._cell,
             self._server,
             self._metrics,
+            self._results,
             lambda text: self._logs.note(name, "WARNING", text),
         )
         self._engines[name] = engine
@@ -162,6 +166,12 @@ class SiteHost:
         for site in fields["sites"]:
             if site in self._engines:
                 self._engines[site].cancel(fields["number"])
+
+    def _refused(self, delivery: Delivery) -> None:
+        fields = delivery.value()
+        engine = self._engines.get(fields["site"])
+        if engine is not None:
+            engine.note_refused(fields["reason"])
 
     def _script_ended(self, outcome: Outcome) -> None:
         self._engines[outcome.site].script_ended(outcome.cause, outcome.n_received > 0)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from flarebus.cell import Cell
-from flarebus.codec import decode
+from flarebus.cell import Cell, Payload
+from flarebus.codec import decode, encode
 from flarebus.delivery import Delivery
 from flarebus.job.definition import JobDefinition
 from flarebus.job.site_config import SiteConfig
@@ -22,6 +22,7 @@ from flarebus.pending import Pending
 from flarebus.router import Router
 from flarebus.server.archive import Archive
 from flarebus.server.job import ServerJob
+from flarebus.wire import bundle
 from flarebus.workflow.controller import Task
 
 __all__ = ["BIG", "LIMIT_S", "SERVER", "Bus", "MemoryArchive", "PlayedHost", "a_job", "task", "told", "update"]
@@ -93,8 +94,10 @@ class PlayedHost:
         self.work: queue.SimpleQueue[Work] = queue.SimpleQueue()
         self.cancelled: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.refused: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.cell.on("task", "assign", self._assign)
         self.cell.on("task", "cancel", lambda delivery: self.cancelled.put(delivery.value()))
+        self.cell.on("task", "refused", lambda delivery: self.refused.put(delivery.value()))
         self.cell.on("task", "end", lambda delivery: self.ended.put(delivery.value()["reason"]))
         self.join()
 
@@ -115,6 +118,16 @@ class PlayedHost:
         error = result if isinstance(result, str) else None
         fields = {"site": site, "number": number, "error": error, "model": payload.body}
         return self.cell.request(SERVER, "task", "result", fields, payload=payload)
+
+    def send_together(self, number: int, results: Mapping[str, FLModel]) -> Pending[Delivery]:
+        """Answer task `number` for several sites in one message, as a host does with small results."""
+        entries, buffers = [], []
+        for site, result in results.items():
+            body, its = encode(result)
+            entries.append({"site": site, "number": number, "model": body, "buffers": len(its)})
+            buffers += its
+        payload = Payload(b"", bundle(buffers), None)
+        return self.cell.request(SERVER, "task", "results", {"results": entries}, payload=payload)
 
     def answer(self, site: str, number: int, result: FLModel | str) -> tuple[bool, str]:
         """Answer, and wait for what the server says: accepted or not, and why."""

@@ -323,6 +323,14 @@ def test_nobody_answers_for_sites_of_another_host(bus: Bus, host: PlayedHost) ->
         ("result", {}),
         ("result", {"site": ["a"], "number": 1, "error": None, "model": b""}),
         ("result", {"site": "a", "number": 1, "error": None}),
+        ("results", None),
+        ("results", {"results": [None]}),
+        ("results", {"results": [{"site": "a", "number": 1, "model": b""}]}),
+        ("results", {"results": [{"site": "a", "number": 1, "model": b"", "buffers": 1}]}),
+        ("results", {"results": [{"site": "a", "number": 1, "model": b"", "buffers": -1}]}),
+        ("results", {"results": [{"site": "a", "number": "1", "model": b"", "buffers": 0}]}),
+        ("results", {"results": [{"site": "a", "number": 1, "model": "", "buffers": 0}]}),
+        ("results", {"results": [], "big": np.zeros(BIG)}),
     ],
     ids=str,
 )
@@ -337,6 +345,35 @@ def test_messages_that_make_no_sense_are_answered_with_an_error(
         host.ask(topic, value).result(LIMIT_S)
     host.answer("a", number, update(1))
     assert running.result(LIMIT_S) == ["a"]
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_results_that_come_together_are_each_their_own(bus: Bus, host: PlayedHost, in_order: bool) -> None:
+    """One message with several results is answered when it is here; each of them counts, or its site hears why not."""
+    found = {}
+
+    def run() -> None:
+        for result in bus.job.broadcast(task(size=300), min_responses=2, in_order=in_order):
+            assert result.model.params is not None
+            if result.site == "b":
+                result.refuse("NaN or Inf")
+            found[result.site] = result.model.params["w"].tolist()
+
+    other = bus.host("worker-2", "d")
+    running = bus.start(run)
+    number = host.take().number
+    assert host.send_together(number, {"c": update(3, 300), "b": update(2, 3), "d": update(9)}).result(LIMIT_S)
+    assert host.refused.get(timeout=LIMIT_S) == {"site": "d", "number": number, "reason": "not your site"}
+    host.send_together(number, {"a": update(1, 300), "c": update(9)}).result(LIMIT_S)
+    other.send_together(number, {"d": update(4, 300)}).result(LIMIT_S)
+    running.result(LIMIT_S)
+
+    assert found == {"a": [1.0] * 300, "b": [2.0] * 3, "c": [3.0] * 300, "d": [4.0] * 300}
+    assert list(found) == (sorted(found) if in_order else ["c", "b", "a", "d"])
+    assert host.refused.get(timeout=LIMIT_S) == {"site": "b", "number": number, "reason": "NaN or Inf"}
+    host.send_together(number, {"a": update(1)}).result(LIMIT_S)
+    bus.start(lambda: bus.job.end("completed")).result(LIMIT_S)
+    assert host.refused.get(timeout=LIMIT_S) == {"site": "a", "number": number, "reason": "the round is closed"}
 
 
 @pytest.mark.parametrize("junk", [b"", b"\xc1", "text", 3, None], ids=str)

@@ -23,6 +23,7 @@ from flarebus.pending import Pending
 from flarebus.router import Router
 from flarebus.site import engine as site_engine
 from flarebus.site.engine import MetricOutbox, SharedModel, SiteEngine
+from flarebus.site.outbox import ResultOutbox
 
 LIMIT_S = 30.0
 BIG = 100_000
@@ -105,10 +106,13 @@ class Server:
         self.results: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self.records: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self.notes: list[str] = []
+        self.batches: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
         self.cell.inbox("task", "result", self.results.put)
+        self.cell.inbox("task", "results", self.batches.put)
         self.cell.inbox("metric", "records", self.records.put)
         self.outbox = MetricOutbox(self.host, "server")
-        self.engine = SiteEngine("site-1", "job", {}, self.host, "server", self.outbox, self.notes.append)
+        results = ResultOutbox(self.host, "server")
+        self.engine = SiteEngine("site-1", "job", {}, self.host, "server", self.outbox, results, self.notes.append)
 
     def assign(self, number: int, model: SharedModel | None = None) -> SharedModel:
         model = shared(1)[0] if model is None else model
@@ -227,10 +231,10 @@ def test_a_task_at_work_is_not_taken_away(server: Server) -> None:
     task = server.engine.next_task(0)
     assert task is not None
     server.engine.cancel(3)
-    server.engine.answer(task, answer())
+    sending = on_thread(lambda: deliver(server.engine, task, answer(BIG)))
 
     assert server.result(False, "the round is closed")["number"] == 3
-    server.settled()
+    sending.result(LIMIT_S)
     assert server.notes == ["the server did not use the result: the round is closed"]
 
 
@@ -344,13 +348,13 @@ def test_a_small_answer_returns_at_once(server: Server) -> None:
     task = server.engine.next_task(0)
     assert task is not None
     model = answer()
-    server.engine.answer(task, model)
+    assert server.engine.answer(task, model) is None
     weights(model)[:] = -1
 
-    delivery = server.results.get(timeout=LIMIT_S)
-    fields = delivery.plain()
+    delivery = server.batches.get(timeout=LIMIT_S)
+    (fields,) = delivery.plain()["results"]
     sent = decode(fields.pop("model"), delivery.pull().result(LIMIT_S))
-    assert fields == {"site": "site-1", "number": 3, "error": None}
+    assert fields == {"site": "site-1", "number": 3, "buffers": 0}
     assert weights(sent).tolist() == [1.0] * 4
 
 
@@ -394,7 +398,7 @@ def test_a_small_answer_that_is_lost_is_noted(server: Server) -> None:
     task = server.engine.next_task(0)
     assert task is not None
     server.engine.answer(task, answer())
-    server.results.get(timeout=LIMIT_S).fail(DecodeError("it cannot be read"))
+    server.batches.get(timeout=LIMIT_S).fail(DecodeError("it cannot be read"))
     server.settled()
 
     assert server.notes == ["result not delivered: server: DecodeError: it cannot be read"]
@@ -420,7 +424,7 @@ def test_a_failure_after_the_answer_concerns_nobody(server: Server) -> None:
     task = server.engine.next_task(0)
     assert task is not None
     server.engine.answer(task, answer())
-    server.result()
+    server.batches.get(timeout=LIMIT_S).reply()
     server.assign(4)
     server.engine.script_ended("ValueError: boom", True)
     server.settled()
