@@ -206,7 +206,7 @@ class SiteScript:
         path = [str(self._script.parent), *self._turnstile.base_path]
         self._place = place = Place(argv, str(self._folder), path, main, seat)
         seat.away = lambda: self._turnstile.away(place)
-        threads = {thread.ident for thread in threading.enumerate()}
+        threads = set(threading.enumerate())
         try:
             self._turnstile.take(place)
             with sit(seat, main.__dict__):
@@ -250,13 +250,13 @@ def _checked_args(args: str | Sequence[str]) -> list[str]:
         raise ConfigError("train_args", args, f"arguments in shell quoting ({error})") from None
 
 
-def _empty(main: ModuleType, threads_before: set[int | None]) -> None:
+def _empty(main: ModuleType, threads_before: set[threading.Thread]) -> None:
     """Free what the script's globals hold now: they are part of cycles, which might live until long after.
 
     Not done while a thread is alive that the script may have started: it would lose its globals.
     """
     for thread in threading.enumerate():
-        if thread.ident not in threads_before and not thread.name.startswith(HOST_THREAD_PREFIX):
+        if thread not in threads_before and not thread.name.startswith(HOST_THREAD_PREFIX):
             return
     for name in [name for name in main.__dict__ if not name.startswith("__")]:
         del main.__dict__[name]
