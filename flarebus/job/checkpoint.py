@@ -89,11 +89,9 @@ class CheckpointStore:
 
     def sync(self) -> None:
         """Return when current and best model are durable, and their names lead to them."""
+        self._sync_files()
         for file, name in ((self._current, GLOBAL_NAME), (self._best, self._best_name)):
             if file is not None:
-                if file in self._written:
-                    file.sync()
-                    self._written.discard(file)
                 self._link(file.path.name, name)
         # The journal knows files by their own names: only new ones have to last. Links are for people.
         if self._has_new_names:
@@ -102,7 +100,12 @@ class CheckpointStore:
         self._named = {self._current, self._best}
 
     def close(self) -> None:
-        """Leave the models under their own names, as plain files, and nothing else."""
+        """Leave the models under their own names, as plain files, and nothing else.
+
+        Raises:
+            OSError: a model that was never synchronised could not be written.
+        """
+        self._sync_files()
         for file, name in ((self._best, self._best_name), (self._current, GLOBAL_NAME)):
             target = self._folder / name
             if file is None:
@@ -126,6 +129,12 @@ class CheckpointStore:
         self._named.clear()
         self._next = self._current = self._before = self._best = None
         sync_folder(self._folder)
+
+    def _sync_files(self) -> None:
+        for file in (self._current, self._best):
+            if file is not None and file in self._written:
+                file.sync()
+                self._written.discard(file)
 
     def _free_file(self, layout: Layout) -> MappedFile:
         for file in self._files:

@@ -52,6 +52,8 @@ _BY_WORD = {word: name for name, word in _DTYPES.items()} | {"C64": "complex64"}
 # Data begins on a cache line, and every tensor on a multiple of its item size because larger items come first.
 ALIGNMENT = 64
 MAX_HEADER_BYTES = 100_000_000
+# Up to here a model is held in memory beside its file: three files of this size do not matter to a server.
+HELD_BYTES = 4 * 1024 * 1024
 _MAX_DIMENSIONS = 64  # of NumPy
 # Text and bytes from here on are data, not header.
 _LONG_BYTES = 4096
@@ -136,7 +138,10 @@ class Layout:
 
 
 class MappedFile:
-    """A tensor file whose arrays are its pages: what is written to them is written to the file.
+    """A tensor file whose arrays are its pages: what is written to them is in the file after `sync`.
+
+    The arrays of a small file are memory of their own, which `sync` writes in one go: pages of a file are protected
+    when they are written out, and the next write to each costs a fault, which is more than to copy it.
 
     Args:
         path: made; must not be there.
@@ -153,7 +158,8 @@ class MappedFile:
         try:
             _reserve(handle, layout.nbytes)
             os.pwrite(handle, layout.header, 0)
-            self._map = mmap.mmap(handle, layout.nbytes)
+            self._is_held = layout.nbytes <= HELD_BYTES
+            self._map = mmap.mmap(-1 if self._is_held else handle, layout.nbytes)
         except BaseException as error:
             os.close(handle)
             path.unlink()
@@ -166,7 +172,16 @@ class MappedFile:
             self.arrays[name] = _view(self._map, len(layout.header) + tensor.begin, tensor)
 
     def sync(self) -> None:
-        """Return when what was written is durable."""
+        """Return when the file holds durably what the arrays hold.
+
+        Raises:
+            OSError: the disk is full, or fails.
+        """
+        if self._is_held:
+            begin = len(self.layout.header)
+            left = memoryview(self._map)[begin:]
+            while left:
+                left = left[os.pwrite(self._handle, left, self.layout.nbytes - left.nbytes) :]
         # Not mmap.flush: that keeps all other threads of Python waiting for the disk.
         os.fdatasync(self._handle) if hasattr(os, "fdatasync") else os.fsync(self._handle)
 

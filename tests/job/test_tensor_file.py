@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 from flarebus.codec import encode
 from flarebus.errors import DecodeError, EncodeError
+from flarebus.job import tensor_file
 from flarebus.job.tensor_file import Layout, MappedFile, load_params, save_params
 
 PLAIN = ["?", "u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f2", "f4", "f8"]
@@ -310,6 +312,40 @@ def test_a_missing_file_is_an_oserror(tmp_path: Path) -> None:
     """A file that is not there is the operating system's error, with the name in it."""
     with pytest.raises(FileNotFoundError, match=r"gone\.safetensors"):
         load_params(tmp_path / "gone.safetensors")
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_file_holds_what_its_arrays_hold_once_it_is_synchronised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: bool
+) -> None:
+    """Round after round, whether the arrays are pages of the file or memory that is written to it, bit by bit."""
+    monkeypatch.setattr(tensor_file, "HELD_BYTES", 10_000 if held else 0)
+    written = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda handle, data, at: written(handle, bytes(data[:1000]), at))
+    params = {"w": np.zeros(1000, np.float32), "b": np.zeros(7)}
+    file = MappedFile(tmp_path / "m.safetensors", Layout(params))
+    for value in (1.0, 2.0):
+        for array in file.arrays.values():
+            array[...] = value
+        file.sync()
+        loaded = load_params(tmp_path / "m.safetensors")
+        assert {name: set(array.tolist()) for name, array in loaded.items()} == {"w": {value}, "b": {value}}
+    file.close()
+
+
+def test_small_models_cost_no_page_faults(tmp_path: Path) -> None:
+    """Writing a small model again does not touch pages that the kernel has protected while it wrote them out."""
+    params = {"w": np.zeros(250_000, np.float32)}
+    file = MappedFile(tmp_path / "m.safetensors", Layout(params))
+    file.arrays["w"][...] = 1
+    file.sync()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        file.arrays["w"][...] = 2
+        file.sync()
+
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 250
+    file.close()
 
 
 def test_pages_of_a_file_are_not_memory_of_ours(tmp_path: Path) -> None:
