@@ -371,7 +371,7 @@ class Router:
             return
         else:
             try:
-                message = decode_message((target, source, header, body))
+                message = decode_message((target, source, header, body), is_whole=False)
             except DecodeError as why:
                 log.warning("unreadable message for %.80r: %s", target, why)
                 return

@@ -128,8 +128,11 @@ def encode_message(message: Message) -> list[Buffer]:
     return frames
 
 
-def decode_message(frames: Sequence[Buffer]) -> Message:
+def decode_message(frames: Sequence[Buffer], is_whole: bool = True) -> Message:
     """The message in `frames`; its bundle is the last frame itself.
+
+    Args:
+        is_whole: False: the first four frames are all there is; the message is returned without its bundle.
 
     Raises:
         DecodeError: anything is not as `encode_message` makes it.
@@ -145,6 +148,8 @@ def decode_message(frames: Sequence[Buffer]) -> Message:
         raise DecodeError("address, header or body is over its limit")
     try:
         fields = msgpack.unpackb(header, use_list=False, max_array_len=MAX_FIELDS)
+        if not is_whole:
+            fields = (*fields[:-1], None)
         return _message(target.decode("ascii"), source.decode("ascii"), fields, body, frames[4] if frames[4:] else None)
     except DecodeError:
         raise

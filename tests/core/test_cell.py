@@ -220,9 +220,10 @@ def test_nobody_there_is_answered_at_once(bus: Bus) -> None:
     asker, answerer = bus.near(), bus.far()
     answerer.on("test", "echo", echo)
 
-    unknown = error_of(asker.request("nobody", "test", "echo", np.ones(MIB)))
-    assert isinstance(unknown, NoRoute)
-    assert unknown.target == "nobody"
+    for size in (0, 1000, MIB):
+        unknown = error_of(asker.request("nobody", "test", "echo", np.ones(size)))
+        assert isinstance(unknown, NoRoute)
+        assert unknown.target == "nobody"
     topic = error_of(asker.request("answerer", "test", "sing"))
     assert isinstance(topic, NoRoute)
     assert topic.reason == "no handler for test/sing"
