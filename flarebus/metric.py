@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from enum import Enum
 
-__all__ = ["AnalyticsDataType"]
+__all__ = ["MAX_KEY", "AnalyticsDataType"]
+
+# Characters of the name of one metric: what the trackers that it may end up in agree on.
+MAX_KEY = 250
 
 
 class AnalyticsDataType(str, Enum):

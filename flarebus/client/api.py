@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from flarebus.client.engine import Seat, seat_of_caller
+from flarebus.client.record import hand_over
 from flarebus.client.session import Session
 from flarebus.errors import ClientApiError, ConfigError
 from flarebus.metric import AnalyticsDataType
@@ -191,27 +192,20 @@ def is_submit_model(*, ctx: APIContext | None = None) -> bool:
 
 
 def log(key: str, value: Any, data_type: AnalyticsDataType, *, ctx: APIContext | None = None, **kwargs: Any) -> None:
-    """Send one metric to the server; never waits. Rank 0 only.
+    """Send one metric to the server; never waits. Rank 0 only. `flarebus.client.tracking` has writers as trackers do.
 
     Args:
-        key: its name.
-        value: what `data_type` says; a scalar array or tensor becomes a number.
+        key: its name, of at most 250 characters.
+        value: what `data_type` says; a scalar array or tensor becomes a number. Arrays are copied: they may be written
+            to afterwards. A value that cannot travel is left out, with a warning in the log.
         data_type: see `AnalyticsDataType`.
-        kwargs: what trackers know, such as ``global_step``.
+        kwargs: ``global_step``, a whole number: the step that the record belongs to. Anything else that a tracker may
+            want to know goes with the record.
 
     Raises:
-        ConfigError: `key` or `data_type` is wrong.
+        ConfigError: `key`, `value`, `data_type` or ``global_step`` is wrong.
     """
-    context = _rank_zero(ctx, "log")
-    if not isinstance(key, str) or not key:
-        raise ConfigError("key", key, "a name")
-    try:
-        kind = AnalyticsDataType(data_type)
-    except ValueError:
-        raise ConfigError("data_type", data_type, "one of AnalyticsDataType") from None
-    from flarebus.client.convert import plain_scalar
-
-    context.seat.engine.log(key, plain_scalar(value), kind, **{k: plain_scalar(v) for k, v in kwargs.items()})
+    hand_over(_rank_zero(ctx, "log")._seat.engine.log, key, value, data_type, kwargs)
 
 
 def system_info(*, ctx: APIContext | None = None) -> dict[str, str]:
@@ -270,7 +264,7 @@ def context_of(ctx: APIContext | None, call: str) -> APIContext:
         raise ConfigError("ctx", ctx, "what flare.init() returned")
     if ctx.closed:
         raise ClientApiError(f"flare.{call}() came after flare.shutdown(); call flare.init() again")
-    if ctx.seat.closed:
+    if ctx._seat.closed:
         raise ClientApiError(f"flare.{call}(): the script that this call belongs to has ended")
     return ctx
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from flarebus.errors import DecodeError, UsageError
 
-__all__ = ["CommittedRound", "Journal", "append_metrics"]
+__all__ = ["CommittedRound", "Journal", "append_lines", "append_metrics"]
 
 _VERSION = 1
 _SCHEMA = """
@@ -163,7 +163,16 @@ def append_metrics(path: Path, record: Mapping[str, Any]) -> None:
     Raises:
         OSError: the disk is full; the file is as it was.
     """
-    data = memoryview((_json(record) + "\n").encode())
+    append_lines(path, [_json(record)])
+
+
+def append_lines(path: Path, lines: Sequence[str]) -> None:
+    """Add lines to a file; a reader sees all of them or none.
+
+    Raises:
+        OSError: the disk is full; the file is as it was.
+    """
+    data = memoryview("".join(f"{line}\n" for line in lines).encode())
     with open(path, "ab", buffering=0) as file:
         begin = file.tell()
         try:

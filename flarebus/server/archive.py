@@ -7,7 +7,6 @@ the pages it wrote are not written again before it is done.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,10 +19,9 @@ from flarebus.job.definition import JobDefinition
 from flarebus.job.journal import Journal, append_metrics
 from flarebus.job.kinds import FrameworkType
 from flarebus.job.tensor_file import load_params
+from flarebus.server.site_metrics import MetricFile
 
 __all__ = ["Archive"]
-
-log = logging.getLogger(__name__)
 
 
 class Archive:
@@ -48,6 +46,7 @@ class Archive:
             self._store = CheckpointStore(folder / "models", f"{job.best_stem}.safetensors")
             undo.pop_all()
         self._params = params
+        self._site_metrics = MetricFile(folder / "site_metrics.jsonl")
         self._committer = ThreadPoolExecutor(1, thread_name_prefix="flarebus commit")
         self._committing: Future[None] | None = None
         self._began = time.monotonic()
@@ -96,14 +95,9 @@ class Archive:
         self.last_round_facts = {"seconds": record["seconds"], "model_path": str(path)}
         self._committing = self._committer.submit(self._make_durable, record, path)
 
-    def site_records(self, batch: Any) -> None:
-        """Keep metric records that sites sent with `flare.log()`."""
-        if batch.get("dropped"):
-            log.warning(
-                "%d metric records were dropped at a site: it logs faster than they can be sent", batch["dropped"]
-            )
-        for record in batch["records"]:
-            append_metrics(self._folder / "site_metrics.jsonl", record)
+    def site_records(self, records: list[dict[str, Any]]) -> None:
+        """Keep metric records that sites sent; a disk that does not take them costs records, never the job."""
+        self._site_metrics.write(records)
 
     def close(self, state: str, reason: str | None) -> None:
         """The job has ended: finish the last commit, note the end, and leave plain files behind.

@@ -7,6 +7,7 @@ aborts) puts an event into one queue, and the thread takes events out while it w
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import queue
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flarebus.cell import Cell
+from flarebus.client.metric_batch import MAX_BATCH_BYTES
 from flarebus.codec import decode
 from flarebus.delivery import Delivery
 from flarebus.errors import (
@@ -37,6 +39,7 @@ from flarebus.server.archive import Archive
 from flarebus.server.open_task import Arrived, OpenTask, named, results_in
 from flarebus.server.pool import HostEnd
 from flarebus.server.roster import Roster
+from flarebus.server.site_metrics import read_batch
 from flarebus.server.tally import Tally
 from flarebus.slab import SlabPool
 from flarebus.workflow.controller import Result, Task
@@ -54,8 +57,8 @@ STAGED_BYTES = 64 * 1000 * 1000
 # An answer may carry optimiser state and metrics beside the parameters, not ten models.
 RESULT_FACTOR = 8
 RESULT_SLACK_BYTES = 16 * 1000 * 1000
-# Images may be among the metrics, but models are not.
-RECORDS_BYTES = 256 * 1000 * 1000
+# A batch of metric records and what goes around it.
+RECORDS_BYTES = MAX_BATCH_BYTES + 100_000
 # A site that took its worker down this often without an answer in between is given up.
 MAX_ATTEMPTS = 3
 
@@ -95,6 +98,7 @@ class ServerJob:
         self._attempts: dict[str, int] = {}
         self._results: weakref.ref[Generator[Result, None, None]] | None = None
         self._is_over = False
+        self._listener_complaint = logging.ERROR
         self._posting = threading.Lock()
         cell.inbox("task", "join", lambda delivery: self._post(lambda: self._join(delivery)))
         cell.inbox("task", "result", self._result_came)
@@ -500,10 +504,22 @@ class ServerJob:
 
     def _records(self, delivery: Delivery) -> None:
         try:
-            self._archive.site_records(delivery.value())
-        except (FlarebusError, OSError, AttributeError, KeyError, TypeError) as error:
+            records = read_batch(delivery.source, delivery.value(), self.roster.runs)
+        except (FlarebusError, OSError, MemoryError) as error:
             log.warning("metrics of %s dropped: %s", delivery.source, error)
+            delivery.fail(error)
+            return
+        self._archive.site_records(records)
+        for site, its in itertools.groupby(records, lambda record: record["site"]):
+            self._tell_records(site, list(its))
         delivery.reply()
+
+    def _tell_records(self, site: str, records: list[dict[str, Any]]) -> None:
+        try:
+            self.fire("site_metrics", site=site, records=records)
+        except Exception:  # of a listener: it costs nobody his records, let alone the job
+            level, self._listener_complaint = self._listener_complaint, logging.DEBUG  # once is enough for the log
+            log.log(level, "a listener failed on %d metric records of %s", len(records), site, exc_info=True)
 
     def _dismiss(self, open_task: OpenTask) -> None:
         """Tell hosts that still work on a closed task to stop, and answer results that came too late."""

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from flarebus.cell import Cell
 from flarebus.client.engine import Assignment
-from flarebus.codec import decode, encode
+from flarebus.client.metrics import MetricOutbox
+from flarebus.codec import decode
 from flarebus.delivery import Delivery
-from flarebus.errors import EncodeError, FlarebusError
+from flarebus.errors import FlarebusError
 from flarebus.message import Buffer
 from flarebus.metric import AnalyticsDataType
 from flarebus.model import FLModel
@@ -22,14 +20,7 @@ from flarebus.site.outbox import ResultOutbox
 from flarebus.slab import unbundle
 from flarebus.wire import bundle
 
-__all__ = ["Line", "MetricOutbox", "SharedModel", "SiteEngine"]
-
-log = logging.getLogger(__name__)
-
-# Metric records that may wait for the bus; more are dropped and counted, for training must not wait for them.
-MAX_WAITING_RECORDS = 100_000
-# Records of one message: the body of a message is bounded.
-BATCH_RECORDS = 500
+__all__ = ["SharedModel", "SiteEngine"]
 
 
 class SharedModel:
@@ -71,87 +62,6 @@ class SharedModel:
             self._takers -= 1
             if self._takers == 0:
                 self._buffers = ()
-
-
-class MetricOutbox:
-    """Metric records of all sites of a host on their way to the server: batched, in order, never in the way.
-
-    Args:
-        cell: the host's.
-        server: address of the server job.
-    """
-
-    def __init__(self, cell: Cell, server: str) -> None:
-        self._cell = cell
-        self._server = server
-        self._waiting: deque[dict[str, Any]] = deque()
-        self._sending: Pending[Delivery] | None = None
-        self._changed = threading.Condition()
-        self.dropped = 0
-
-    def put(self, record: dict[str, Any]) -> None:
-        """Take one record; returns at once."""
-        with self._changed:
-            if len(self._waiting) >= MAX_WAITING_RECORDS:
-                self.dropped += 1
-                return
-            self._waiting.append(record)
-        self._send_next()
-
-    def flush(self, timeout: float) -> None:
-        """Wait until the server has everything that was put so far, for at most `timeout` seconds."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._sending is None and not self._waiting, timeout)
-
-    def _send_next(self) -> None:
-        """Send what waits unless something is on its way: the next batch is whatever came up meanwhile."""
-        with self._changed:
-            if self._sending is not None or not self._waiting:
-                return
-            sending = self._sending = self._request()
-        sending.on_done(self._sent)
-
-    def _sent(self, _: Pending[Delivery]) -> None:
-        with self._changed:
-            self._sending = None
-        self._send_next()
-        with self._changed:
-            self._changed.notify_all()
-
-    def _request(self) -> Pending[Delivery]:
-        batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), BATCH_RECORDS))]
-        dropped, self.dropped = self.dropped, 0
-        try:
-            return self._cell.request(self._server, "metric", "records", {"records": batch, "dropped": dropped})
-        except EncodeError:
-            fit = [record for record in batch if _may_travel(record)]
-            fields = {"records": fit, "dropped": dropped + len(batch) - len(fit)}
-            return self._cell.request(self._server, "metric", "records", fields)
-        except FlarebusError as error:  # this end was closed: nothing of what waits will ever leave
-            log.warning("%d metric records lost: %s", len(batch) + len(self._waiting), error)
-            self._waiting.clear()
-            lost: Pending[Delivery] = Pending()
-            lost.fail(error)
-            return lost
-
-
-def _may_travel(record: dict[str, Any]) -> bool:
-    try:
-        encode(record)
-    except EncodeError as error:
-        log.warning("%s: metric %r dropped: %s", record["site"], record["key"], error)
-        return False
-    return True
-
-
-class Line(Protocol):
-    """Where the threads of one script line up for its turn."""
-
-    def line_up(self, gate: threading.Lock) -> None:
-        """Open `gate` when the script has the turn. It must not block."""
-
-    def stand_back(self, gate: threading.Lock) -> None:
-        """Nobody waits at `gate` any more: give up the turn that it brought, or would bring."""
 
 
 class SiteEngine:
@@ -263,15 +173,7 @@ class SiteEngine:
     def log(self, key: str, value: Any, data_type: AnalyticsDataType, **kwargs: Any) -> None:
         """Hand over one metric record."""
         open_task = self._open
-        record = {
-            "site": self.site_name,
-            "round": None if open_task is None else open_task.round,
-            "key": key,
-            "value": value,
-            "type": data_type.value,
-            **kwargs,
-        }
-        self._metrics.put(record)
+        self._metrics.put(self.site_name, None if open_task is None else open_task.round, key, value, data_type, kwargs)
 
     # -- the host's side --
 

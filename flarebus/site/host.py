@@ -15,13 +15,14 @@ from typing import Any
 
 from flarebus.cell import Cell
 from flarebus.client.engine import Assignment, set_fallback
+from flarebus.client.metrics import MetricOutbox
 from flarebus.delivery import Delivery
 from flarebus.errors import DecodeError, LinkError
 from flarebus.job.kinds import ExchangeFormat, FrameworkType
 from flarebus.job.site_config import SiteConfig
 from flarebus.message import Buffer
 from flarebus.pending import Pending
-from flarebus.site.engine import MetricOutbox, SharedModel, SiteEngine
+from flarebus.site.engine import SharedModel, SiteEngine
 from flarebus.site.log_config import LogConfig
 from flarebus.site.outbox import ResultOutbox
 from flarebus.site.output import SiteLogs
@@ -75,8 +76,7 @@ class SiteHost:
     ) -> None:
         self._cell = cell
         self._server = server
-        self._metrics = MetricOutbox(cell, server)
-        self._results = ResultOutbox(cell, server)
+        self._metrics = MetricOutbox(lambda fields: cell.request(server, "metric", "records", fields))
         self._logs = SiteLogs(log_config, console=console)
         self._over = threading.Event()
         self._turnstile = Turnstile(on_turn)
@@ -183,7 +183,7 @@ class SiteHost:
         deadline = time.monotonic() + FAREWELL_S
         for script in self._scripts.values():
             script.wait_ended(max(0.0, deadline - time.monotonic()))
-        self._metrics.flush(max(0.0, deadline - time.monotonic()))
+        self._metrics.close(max(0.0, deadline - time.monotonic()))
 
 
 def _client_config(site: str, job_id: str, config: SiteConfig) -> dict[str, Any]:

@@ -80,8 +80,8 @@ class MemoryArchive:
         self.params = params
         self.committed.append((number, params, dict(metrics), best))
 
-    def site_records(self, batch: Any) -> None:
-        self.records += batch["records"]
+    def site_records(self, records: list[dict[str, Any]]) -> None:
+        self.records += records
 
 
 class PlayedHost:

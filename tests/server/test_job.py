@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from flarebus.client.metric_batch import Row, encode_batch, pack_value
 from flarebus.errors import JobAborted, JobFailed, QuorumNotReached, RemoteError
 from flarebus.model import FLModel
 from flarebus.server import job as server_job
@@ -49,6 +50,19 @@ def fetching(bus: Bus, n: int) -> None:
         if bus.cell.statistics().pulls_running == n:
             return
     raise AssertionError(f"never {n} pulls at once")
+
+
+def record(site: str = "a", key: str = "loss", value: Any = 0.5) -> Row:
+    return (1.0, site, 0, key, value, "SCALAR", None, None, None)
+
+
+def batch_of(*rows: Row) -> dict[str, Any]:
+    return {"records": encode_batch(rows), "dropped": {}}
+
+
+def records_at(bus: Bus) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = bus.archive.records  # type: ignore[union-attr]
+    return found
 
 
 # --- tasks out, results in
@@ -777,8 +791,8 @@ def test_after_the_end_whoever_comes_late_is_answered(bus: Bus, host: PlayedHost
     assert host.ended.get(timeout=LIMIT_S) == "completed"
     assert told(waiting) == (False, "the round is closed")
     assert host.answer("b", number, update(1)) == (False, "the round is closed")
-    host.cell.request("server.job", "metric", "records", {"records": [{"key": "loss"}], "dropped": 0}).result(LIMIT_S)
-    assert bus.archive.records == [{"key": "loss"}]  # type: ignore[union-attr]
+    host.cell.request("server.job", "metric", "records", batch_of(record())).result(LIMIT_S)
+    assert [each["key"] for each in records_at(bus)] == ["loss"]
     bus.job.host_died(end_of(host), lambda: pytest.fail("started again for nothing"))
     with pytest.raises(RemoteError, match="the job has ended"):
         host.join()
@@ -787,25 +801,77 @@ def test_after_the_end_whoever_comes_late_is_answered(bus: Bus, host: PlayedHost
 def test_too_many_bytes_of_metrics_are_not_fetched(bus: Bus, host: PlayedHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """Metric records far beyond any use are refused before memory is given to them."""
     monkeypatch.setattr(server_job, "RECORDS_BYTES", 1000)
-    batch = {"records": [{"value": np.zeros(BIG)}], "dropped": 0}
+    batch = {"records": bytes(BIG), "dropped": {}}
     with pytest.raises(RemoteError, match="at most 1000 at once"):
         host.cell.request("server.job", "metric", "records", batch).result(LIMIT_S)
 
     assert bus.cell.statistics().bytes_pulled == 0
 
 
-@pytest.mark.parametrize("batch", [None, 3, {}, {"records": 3}, {"records": [3], "dropped": "x"}], ids=str)
+@pytest.mark.parametrize(
+    "batch",
+    [
+        None,
+        {"records": 3},
+        {"records": b"", "dropped": {}},
+        {"records": encode_batch([record()]), "dropped": "x"},
+        {"records": encode_batch([record(), record(site="x")]), "dropped": {}},
+        {"records": encode_batch([record()]), "dropped": {"x": 1}},
+    ],
+    ids=["none", "short", "empty", "dropped", "strangers", "strangers' losses"],
+)
 def test_metric_records_are_kept_and_answered(bus: Bus, host: PlayedHost, batch: Any) -> None:
-    """Records reach the archive while a round runs, and their sender hears it; nonsense does no harm."""
+    """Records reach the archive while a round runs, and their sender hears it; nonsense is refused and does no harm.
+
+    Nothing is kept of a batch with records of a site that its sender does not run.
+    """
     running = bus.collect(sites=["a"])
     number = host.take().number
-    good = {"records": [{"site": "a", "key": "loss", "value": 0.5}], "dropped": 0}
-    for value in (batch, good):
-        try:
-            host.cell.request("server.job", "metric", "records", value).result(LIMIT_S)
-        except RemoteError:
-            assert value is batch
+    with pytest.raises(RemoteError, match="metric records"):
+        host.cell.request("server.job", "metric", "records", batch).result(LIMIT_S)
+    host.cell.request("server.job", "metric", "records", batch_of(record())).result(LIMIT_S)
     host.answer("a", number, update(1))
     running.result(LIMIT_S)
 
-    assert bus.archive.records[-1:] == good["records"]  # type: ignore[union-attr]
+    assert [(each["site"], each["key"], each["value"]) for each in records_at(bus)] == [("a", "loss", 0.5)]
+
+
+def test_listeners_are_told_of_records_site_by_site(bus: Bus, host: PlayedHost) -> None:
+    """Each event carries records of one site, in order, values and all; what was dropped is a record too."""
+    rows = [record(), record("b"), record("b", key="image", value=pack_value(np.zeros(4))), record()]
+    running = bus.collect(sites=["a"])
+    number = host.take().number
+    fields = {"records": encode_batch(rows), "dropped": {"c": 7}}
+    host.cell.request("server.job", "metric", "records", fields).result(LIMIT_S)
+    host.answer("a", number, update(1))
+    running.result(LIMIT_S)
+
+    told = [fields for event, fields in bus.events if event == "site_metrics"]
+    assert [(each["site"], [its["key"] for its in each["records"]]) for each in told] == [
+        ("a", ["loss"]),
+        ("b", ["loss", "image"]),
+        ("a", ["loss"]),
+        ("c", ["records dropped at the site"]),
+    ]
+    assert told[1]["records"][1]["value"].tolist() == [0.0] * 4
+    assert told[3]["records"][0]["value"] == 7
+    assert [each for its in told for each in its["records"]] == records_at(bus)
+
+
+def test_a_listener_that_raises_costs_no_record(bus: Bus, host: PlayedHost, caplog: pytest.LogCaptureFixture) -> None:
+    """Its error is logged, with the traceback; the records are kept and answered, and the round goes on."""
+
+    def listener(event: str, _: Any) -> None:
+        if event == "site_metrics":
+            raise ValueError("no such tracker")
+
+    bus.job._on_event = listener
+    running = bus.collect(sites=["a"])
+    number = host.take().number
+    for _ in range(2):
+        host.cell.request("server.job", "metric", "records", batch_of(record(), record("b"))).result(LIMIT_S)
+    host.answer("a", number, update(1))
+
+    assert running.result(LIMIT_S) == ["a"]
+    assert [each["site"] for each in records_at(bus)] == ["a", "b"] * 2
+    assert caplog.text.count("ValueError: no such tracker") == 1

@@ -157,10 +157,14 @@ def test_a_run_leaves_its_models_metrics_and_logs(sim: Simulations, capsys: Any,
 
 
 def test_events_tell_what_happens(sim: Simulations) -> None:
-    """Whoever listens hears of the job, its rounds, their results and its end, in this order."""
+    """Whoever listens hears of the job, its rounds, their results and its end, in this order; and of metrics."""
     sim.start(num_rounds=2).get_result()
 
-    assert [event for event, _ in sim.events] == [
+    records = [record for event, its in sim.events if event == "site_metrics" for record in its["records"]]
+    assert sorted((each["site"], each["round"], each["key"]) for each in records) == [
+        (site, round, "lr") for site in ("site-1", "site-2") for round in range(2)
+    ]
+    assert [event for event, _ in sim.events if event != "site_metrics"] == [
         "job_started",
         *["round_started", "result_accepted", "result_accepted", "round_committed"] * 2,
         "job_ended",

@@ -1,4 +1,4 @@
-"""SharedModel, MetricOutbox and SiteEngine: what stands between a host's cell and a script."""
+"""SharedModel and SiteEngine: what stands between a host's cell and a script."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import pytest
 
 from flarebus.cell import Cell
 from flarebus.client.engine import Assignment
+from flarebus.client.metric_batch import decode_batch
+from flarebus.client.metrics import MetricOutbox
 from flarebus.codec import decode, encode
 from flarebus.delivery import Delivery
 from flarebus.errors import DecodeError, FlarebusError
@@ -21,9 +23,7 @@ from flarebus.metric import AnalyticsDataType
 from flarebus.model import FLModel
 from flarebus.pending import Pending
 from flarebus.router import Router
-from flarebus.site import engine as site_engine
-from flarebus.site.engine import MetricOutbox, SharedModel, SiteEngine
-from flarebus.site.outbox import ResultOutbox
+from flarebus.site.engine import SharedModel, SiteEngine
 
 LIMIT_S = 30.0
 BIG = 100_000
@@ -110,9 +110,8 @@ class Server:
         self.cell.inbox("task", "result", self.results.put)
         self.cell.inbox("task", "results", self.batches.put)
         self.cell.inbox("metric", "records", self.records.put)
-        self.outbox = MetricOutbox(self.host, "server")
-        results = ResultOutbox(self.host, "server")
-        self.engine = SiteEngine("site-1", "job", {}, self.host, "server", self.outbox, results, self.notes.append)
+        self.outbox = MetricOutbox(lambda fields: self.host.request("server", "metric", "records", fields))
+        self.engine = SiteEngine("site-1", "job", {}, self.host, "server", self.outbox, self.notes.append)
 
     def assign(self, number: int, model: SharedModel | None = None) -> SharedModel:
         model = shared(1)[0] if model is None else model
@@ -128,12 +127,13 @@ class Server:
         delivery.reply({"accepted": accepted, "reason": reason})
         return found
 
-    def batch(self) -> tuple[list[Any], int]:
-        """The next batch of metrics, answered: the values, and how many were dropped before."""
+    def batch(self) -> list[dict[str, Any]]:
+        """The next batch of metrics, answered."""
         delivery = self.records.get(timeout=LIMIT_S)
-        found = delivery.value(LIMIT_S)
+        records, dropped = decode_batch(delivery.value(LIMIT_S))
         delivery.reply()
-        return [record["value"] for record in found["records"]], found["dropped"]
+        assert dropped == {}
+        return records
 
     def settled(self) -> None:
         """Return when the host's cell has handled all that was sent to it."""
@@ -141,6 +141,7 @@ class Server:
         self.loop.run(lambda: None)
 
     def close(self) -> None:
+        self.outbox.close(0)
         self.host.close()
         self.cell.close()
         self.router.close()
@@ -479,93 +480,13 @@ def test_nothing_is_reported_after_the_end(server: Server) -> None:
 def test_records_carry_site_and_round(server: Server) -> None:
     """A metric belongs to the site and to the round of the task at hand."""
     server.engine.log("lr", 0.1, AnalyticsDataType.SCALAR)
-    delivery = server.records.get(timeout=LIMIT_S)
-    delivery.reply()
+    server.outbox.flush(0)
+    first = server.batch()
     server.assign(3)
     server.engine.next_task(0)
     server.engine.log("loss", 0.5, AnalyticsDataType.SCALAR, global_step=7)
 
-    assert delivery.value()["records"] == [
-        {"site": "site-1", "round": None, "key": "lr", "value": 0.1, "type": "SCALAR"}
+    assert [(each["site"], each["round"], each["key"], each["step"]) for each in first + server.batch()] == [
+        ("site-1", None, "lr", None),
+        ("site-1", 3, "loss", 7),
     ]
-    assert server.records.get(timeout=LIMIT_S).value()["records"] == [
-        {"site": "site-1", "round": 3, "key": "loss", "value": 0.5, "type": "SCALAR", "global_step": 7}
-    ]
-
-
-def test_records_go_in_order_in_batches(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One batch is on its way at a time; the next one is what came meanwhile, up to its limit, and in order."""
-    monkeypatch.setattr(site_engine, "BATCH_RECORDS", 4)
-    for number in range(10):
-        server.outbox.put({"value": number})
-
-    assert [server.batch() for _ in range(4)] == [
-        ([0], 0),
-        ([1, 2, 3, 4], 0),
-        ([5, 6, 7, 8], 0),
-        ([9], 0),
-    ]
-    server.settled()
-    assert server.records.empty()
-
-
-def test_what_is_too_much_is_dropped_and_counted(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records beyond the limit are dropped, the oldest stay, and the server learns how many were lost."""
-    monkeypatch.setattr(site_engine, "MAX_WAITING_RECORDS", 3)
-    for number in range(10):
-        server.outbox.put({"value": number})
-
-    assert server.batch() == ([0], 0)
-    assert server.batch() == ([1, 2, 3], 6)
-    server.outbox.put({"value": 10})
-    assert server.batch() == ([10], 0)
-
-
-def test_a_record_that_may_not_travel_takes_no_other_with_it(server: Server) -> None:
-    """A value that cannot be sent is left out and counted; those beside it arrive."""
-    for value in (0, 1, object(), 2):
-        server.outbox.put({"site": "site-1", "key": "loss", "value": value})
-
-    assert server.batch() == ([0], 0)
-    assert server.batch() == ([1, 2], 1)
-
-
-def test_flush_waits_for_all_that_was_put(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When `flush` returns the server has had every record, also those that were not on their way yet."""
-    monkeypatch.setattr(site_engine, "BATCH_RECORDS", 2)
-    for round in range(30):
-        for number in range(7):
-            server.outbox.put({"value": number})
-        flushing = on_thread(lambda: server.outbox.flush(LIMIT_S))
-        found: list[Any] = []
-        while len(found) < 7:
-            assert not flushing.is_done, round
-            found += server.batch()[0]
-        flushing.result(LIMIT_S)
-        assert found == list(range(7))
-
-
-def test_flush_gives_up_in_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that does not answer keeps nobody, and one that is gone even less, whatever waits."""
-    monkeypatch.setattr(site_engine, "BATCH_RECORDS", 1)
-    server.outbox.flush(LIMIT_S)
-    for number in range(100):
-        server.outbox.put({"value": number})
-    server.outbox.flush(0)
-    server.cell.close()
-    server.outbox.flush(LIMIT_S)
-    server.host.close()
-    for number in range(2):
-        server.outbox.put({"value": number})
-    server.outbox.flush(LIMIT_S)
-
-
-def test_what_waits_is_lost_at_once_when_this_end_is_closed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Closing the cell ends thousands of waiting records as easily as one."""
-    monkeypatch.setattr(site_engine, "BATCH_RECORDS", 1)
-    for number in range(5000):
-        server.outbox.put({"value": number})
-    server.host.close()
-    server.outbox.flush(LIMIT_S)
-
-    assert not server.outbox._waiting

@@ -20,11 +20,10 @@ import pytest
 
 from flarebus.cell import Cell
 from flarebus.client import engine as client_engine
-from flarebus.client.log_config import LogConfig
+from flarebus.client import metrics
 from flarebus.errors import FlarebusError, QuorumNotReached
 from flarebus.job.kinds import ExchangeFormat, FrameworkType, TransferType
 from flarebus.job.site_config import SiteConfig
-from flarebus.site import engine as site_engine
 from flarebus.site.host import HostedSite, SiteHost
 from tests.server.played import BIG, LIMIT_S, SERVER, Bus, task, update
 
@@ -272,22 +271,22 @@ def test_models_nobody_fetches_do_not_pile_up(hosted: Hosted, gate: Gate) -> Non
 
 def test_metrics_reach_the_server_before_the_host_returns(hosted: Hosted, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a script logged, to its last line, is at the server when its host is done and its cell is closed."""
-    monkeypatch.setattr(site_engine, "BATCH_RECORDS", 1)
-    flush, flushed = site_engine.MetricOutbox.flush, []
+    monkeypatch.setattr(metrics, "BATCH_RECORDS", 1)
+    close, closed = metrics.MetricOutbox.close, []
 
-    def noted(outbox: site_engine.MetricOutbox, timeout: float) -> None:
+    def noted(outbox: metrics.MetricOutbox, timeout: float) -> bool:
         assert hosted.host is not None
-        flushed.append([script.is_running for script in hosted.host._scripts.values()])
-        flush(outbox, timeout)
+        closed.append([script.is_running for script in hosted.host._scripts.values()])
+        return close(outbox, timeout)
 
-    monkeypatch.setattr(site_engine.MetricOutbox, "flush", noted)
+    monkeypatch.setattr(metrics.MetricOutbox, "close", noted)
     text = SCRIPT + 'for _ in range(9):\n    flare.log("last", 1.0, flare.AnalyticsDataType.SCALAR)\n'
     text = text.replace("    flare.send", '    flare.log("lr", 0.1, flare.AnalyticsDataType.SCALAR)\n    flare.send')
     hosted.start("a", "b", text=text)
     hosted.bus.collect().result(LIMIT_S)
     hosted.end()
 
-    assert flushed == [[False, False]]
+    assert closed == [[False, False]]
     records = hosted.bus.archive.records  # type: ignore[union-attr]
     assert sorted((record["site"], record["key"], record["round"]) for record in records) == [
         *[("a", "last", None)] * 9,

@@ -150,7 +150,7 @@ while flare.is_running():
             metrics = {3: 1.0}
         case "big":
             params["w"] = np.ones(40_000_000, np.float32)
-    flare.log("strange", {"a": [float("nan"), 1]} if site == "metrics" else 1.0, flare.AnalyticsDataType.METRICS)
+    flare.log("strange", {"a": [float("nan"), 1]} if site == "metrics" else {"a": 1.0}, flare.AnalyticsDataType.METRICS)
     kind = "DIFF" if site == "difference" else "FULL"
     flare.send(flare.FLModel(params=params, params_type=kind, meta=meta, metrics=metrics))
 """
