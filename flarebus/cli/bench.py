@@ -84,6 +84,40 @@ def _bus(*, curve: bool, transport: str, as_json: bool) -> int:
     return 0
 
 
+@bench.command("metrics")
+@click.option(
+    "--records",
+    type=click.IntRange(min=1),
+    default=100_000,
+    show_default=True,
+    metavar="N",
+    help="Records to log.",
+)
+@click.option(
+    "--rate",
+    type=click.FloatRange(min=1, max=1e6),
+    default=10_000,
+    show_default=True,
+    metavar="R",
+    help="Steps a second of the loop when nothing is logged; it logs one record in each.",
+)
+@click.option("--external", is_flag=True, help="The training script in a process of its own.")
+@_json
+def _metrics(*, as_json: bool, **settings: Any) -> int:
+    """What `flare.log` costs a training loop, and whether everything arrives in order.
+
+    The loop works in pure Python, which nothing can happen beside, once with a record in each step and once without, in
+    blocks that take turns.
+    """
+    from flarebus.cli.bench_metrics import MetricsBench
+
+    figures = MetricsBench(**settings).run()
+    _print(figures, as_json)
+    if figures["lost"] or figures["in_order"] != "yes":
+        raise click.ClickException(f"{figures['lost']} records are missing; in order: {figures['in_order']}")
+    return 0
+
+
 @bench.command("import")
 @click.option(
     "--runs",
