@@ -74,15 +74,15 @@ for block in range(given.blocks):
     took = {}
     for loop in loops:
         took[loop] = seconds(loop, steps, n, first) / steps
-        time.sleep(0.5)
+        time.sleep(0.3)
     times.append((took[plain], took[logged]))
     first += steps
 with open("bench.json", "w") as file:
     json.dump(times, file)
 flare.send(flare.FLModel(params=model.params))
 '''
-# Long enough for several batches to be sent in each.
-_BLOCK_S = 1.0
+# Long enough for two batches to be sent in each, and short beside the moods of a shared machine.
+_BLOCK_S = 0.5
 _MIN_BLOCKS = 4
 
 
@@ -140,19 +140,21 @@ class MetricsBench:
         return Path(result)
 
 
-def costs(times: Sequence[tuple[float, float]]) -> dict[str, float]:
+def costs(times: Sequence[tuple[float, float]]) -> dict[str, Any]:
     """The figures for blocks of (seconds a step without, with a record): medians over the blocks.
 
-    `log_us` is what a step takes longer for its record, sending included.
+    `log_us` is what a step takes longer for its record, sending included. Half of the blocks were slowed down by what
+    lies between the two numbers of `slowdown_quartiles`: where they are far apart, the machine was busy with others.
     """
     plain = statistics.median(without for without, _ in times)
     extra = statistics.median(logged - without for without, logged in times)
-    slowdown = statistics.median(logged / without - 1 for without, logged in times)
+    slowdowns = sorted(100 * (logged / without - 1) for without, logged in times)
     return {
         "records_s": round(1 / statistics.median(logged for _, logged in times)),
         "step_us": round(1e6 * plain, 2),
         "log_us": round(1e6 * extra, 2),
-        "slowdown_percent": round(100 * slowdown, 2),
+        "slowdown_percent": round(statistics.median(slowdowns), 2),
+        "slowdown_quartiles": [round(slowdowns[len(slowdowns) // 4], 2), round(slowdowns[-1 - len(slowdowns) // 4], 2)],
     }
 
 
