@@ -205,7 +205,13 @@ def log(key: str, value: Any, data_type: AnalyticsDataType, *, ctx: APIContext |
     Raises:
         ConfigError: `key`, `value`, `data_type` or ``global_step`` is wrong.
     """
-    hand_over(_rank_zero(ctx, "log")._seat.engine.log, key, value, data_type, kwargs)
+    context = ctx
+    if context is None and (seat := seat_of_caller()) is not None:
+        context = seat.default
+    # All is well in a loop that logs thousands of times a second; else the long way says what is wrong.
+    if type(context) is not APIContext or context.closed or context._seat.closed or context.rank != "0":
+        context = _rank_zero(ctx, "log")
+    hand_over(context._seat.engine.log, key, value, data_type, kwargs)
 
 
 def system_info(*, ctx: APIContext | None = None) -> dict[str, str]:
