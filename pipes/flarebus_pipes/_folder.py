@@ -14,18 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import stat
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from flarebus.address import safe_path
 from flarebus.errors import ConfigError, DecodeError
 from flarebus.pipes import Mode
-from flarebus_pipes._owner import SILENCE_S, Owner, claim, is_dead, read_owner
+from flarebus_pipes._owner import Owner, claim, is_dead, is_surely_dead, locked, read_owner
 from flarebus_pipes._record import MAX_RECORD_BYTES, aligned
 
 __all__ = ["FREE", "LENT", "OTHER", "SEQUENCE_DIGITS", "Folder", "is_message_name"]
@@ -43,8 +40,6 @@ _RECORD = re.compile(r"(ACTIVE|PASSIVE)\.owner")
 _PROBE = re.compile(r"(ACTIVE|PASSIVE)\.owner\.now-[0-9a-f]+")
 # Another end may remove an empty folder between any two steps of making it.
 _TRIES = 100
-# Whoever holds the lock has a few files to remove.
-_LOCK_S = 5.0
 # What says that a file or its folder is not there any more, also on a network file system.
 _GONE = frozenset({errno.ENOENT, errno.ESTALE, errno.ENOTDIR})
 
@@ -91,7 +86,7 @@ class Folder:
         for _ in range(_TRIES):
             try:
                 self._make()
-                with _locked(self.path):
+                with locked(self.path):
                     owner = claim(self.record, f"the {self.mode.value} end of {self.path}")
                     self._sweep(whole=not self.has_live_peer())
             except FileNotFoundError:
@@ -105,7 +100,7 @@ class Folder:
         mine = read_owner(self.record)
         if mine is None or mine.nonce != owner.nonce:
             return  # somebody else has this place now, or nobody has a folder
-        with contextlib.suppress(OSError), _locked(self.path):
+        with contextlib.suppress(OSError), locked(self.path):
             # First: of two ends that leave at once, at least one then finds itself to be the last.
             self.record.unlink(missing_ok=True)
             self._sweep(whole=not self.has_live_peer())
@@ -149,11 +144,11 @@ class Folder:
                 continue
             records = [path / f"{mode.value}.owner" for mode in Mode]
             with contextlib.suppress(OSError, ConfigError):
-                if not all(_is_surely_dead(record) for record in records):
+                if not all(is_surely_dead(record) for record in records):
                     continue
                 neighbour = Folder(self.root, path.relative_to(self.root).parts, Mode.ACTIVE)
-                with _locked(path):
-                    if all(_is_surely_dead(record) for record in records):
+                with locked(path):
+                    if all(is_surely_dead(record) for record in records):
                         neighbour._sweep(whole=True)
                         _remove(path, _RECORD)
                 neighbour._remove_empty()
@@ -322,41 +317,3 @@ def _remove(folder: Path, pattern: re.Pattern[str]) -> None:
             if pattern.fullmatch(name):
                 with contextlib.suppress(OSError):
                     (folder / name).unlink()
-
-
-def _is_surely_dead(record: Path) -> bool:
-    """Whether nobody holds an end; a live one on another machine is not asked each time."""
-    owner = read_owner(record)
-    if owner is None or not owner.is_local:
-        try:
-            # Roughly, by two clocks: whoever passes is looked at properly.
-            if time.time() - record.stat().st_mtime < 2 * SILENCE_S:
-                return False
-        except FileNotFoundError:
-            return True
-    return is_dead(record)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Alone with a folder, as far as its file system can do that.
-
-    Raises:
-        FileNotFoundError: it was removed, by whoever had the lock before.
-    """
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        give_up = time.monotonic() + _LOCK_S
-        while time.monotonic() < give_up:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.01)
-            except OSError:
-                break
-        if not os.path.samestat(os.fstat(handle), path.stat()):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-        yield
-    finally:
-        os.close(handle)

@@ -8,23 +8,28 @@ now. The clocks of two machines are never compared.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import secrets
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flarebus.errors import UsageError
 
-__all__ = ["BEAT_S", "SILENCE_S", "Owner", "age_of", "claim", "is_dead", "read_owner"]
+__all__ = ["BEAT_S", "SILENCE_S", "Owner", "age_of", "claim", "is_dead", "is_surely_dead", "locked", "read_owner"]
 
 BEAT_S = 2.0
 """How often an owner touches its record: seldom enough for a file server with a thousand of them."""
 SILENCE_S = 30.0
 """A record that nobody touched for so long, on a machine one cannot look into, has no owner any more."""
 _MAX_RECORD_BYTES = 4096
+# Whoever holds the lock has a few files to remove.
+_LOCK_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,3 +163,41 @@ def claim(path: Path, end: str, age: Callable[[Path], float | None] = age_of) ->
     finally:
         os.close(handle)
     return owner
+
+
+def is_surely_dead(record: Path) -> bool:
+    """Whether nobody holds an end; a live one on another machine is not asked each time."""
+    owner = read_owner(record)
+    if owner is None or not owner.is_local:
+        try:
+            # Roughly, by two clocks: whoever passes is looked at properly.
+            if time.time() - record.stat().st_mtime < 2 * SILENCE_S:
+                return False
+        except FileNotFoundError:
+            return True
+    return is_dead(record)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Alone with a folder, as far as its file system can do that.
+
+    Raises:
+        FileNotFoundError: it was removed, by whoever had the lock before.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        give_up = time.monotonic() + _LOCK_S
+        while time.monotonic() < give_up:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.01)
+            except OSError:
+                break
+        if not os.path.samestat(os.fstat(handle), path.stat()):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        yield
+    finally:
+        os.close(handle)
