@@ -183,14 +183,17 @@ class Cell:
         *,
         payload: Payload | None = None,
         timeout: float | None = None,
+        source: str = "",
     ) -> Pending[Delivery]:
         """Ask `target` something; the pending delivery is its reply.
 
         Args:
             value: anything the codec takes. Large arrays in it are offered, not copied, until the answer is there.
             payload: shared buffers to go with it instead; `value` holds `payload.body` where the receiver looks for it,
-                and no arrays of its own.
+                and no arrays of its own. Also how a message is passed on: with a manifest the buffers stay with their
+                holder, and `target` pulls them from there.
             timeout: seconds until `DeadlineExceeded`; None leaves it to the target's life and to the link.
+            source: an alias of this cell to speak as.
 
         Raises:
             EncodeError: `value` may not travel.
@@ -198,7 +201,7 @@ class Cell:
         """
         pending: Pending[Delivery] = Pending()
         number = self._requests.new_id()
-        message = self._message(target, Kind.REQUEST, number, channel, topic, value, payload, timeout)
+        message = self._message(target, Kind.REQUEST, number, channel, topic, value, payload, timeout, source)
         self._loop.post(self._begin, number, target, pending, timeout, encode_message(message))
         if payload is None and message.manifest is not None:
             # The answer settles it: nobody needs the arrays after that.
@@ -224,8 +227,13 @@ class Cell:
         """
         return Payload(*self._encode(value, tuple(receivers), None))
 
+    def share_encoded(self, body: bytes, buffers: Sequence[Buffer], receivers: Iterable[str]) -> Payload:
+        """Like `share`, for what is encoded already: `buffers` are byte views of the arrays, in order."""
+        views = [memoryview(buffer).cast("B") for buffer in buffers]
+        return Payload(body, *self._carry(views, tuple(receivers), None))
+
     def admit(self, payload: Payload, receiver: str) -> None:
-        """Let one more cell pull a shared payload."""
+        """Let one more cell, and all that live under its address, pull a shared payload."""
         if payload.manifest is not None:
             self._loop.post(self._carrier.admit, payload.manifest.transfer, receiver)
 
@@ -280,6 +288,11 @@ class Cell:
         answer = Message(message.source, message.target, Kind.ERROR, 0, answers=message.id, body=encode_failure(error))
         self._post_quietly(self._send_answer, message, encode_message(answer))
 
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes of buffers that came and went so far; from any thread, and it waits for nobody."""
+        return self._carrier.bytes_pulled + self._carrier.bytes_served
+
     def statistics(self) -> CellStatistics:
         """A snapshot."""
         statistics = self._loop.run(self._statistics)
@@ -303,6 +316,7 @@ class Cell:
         value: Any,
         payload: Payload | None,
         timeout: float | None,
+        source: str = "",
     ) -> Message:
         if self._closed:
             raise Closed(f"{self.address} was closed")
@@ -315,7 +329,7 @@ class Cell:
             carried, manifest = payload.bundle, payload.manifest
         return Message(
             target,
-            str(self.address),
+            source or str(self.address),
             kind,
             number,
             channel=channel,
@@ -343,11 +357,16 @@ class Cell:
         self, value: Any, receivers: Sequence[str], lease_s: float | None
     ) -> tuple[bytes, Bundle | None, Manifest | None]:
         body, buffers = encode(value)
+        return body, *self._carry(buffers, receivers, lease_s)
+
+    def _carry(
+        self, buffers: Sequence[memoryview], receivers: Sequence[str], lease_s: float | None
+    ) -> tuple[Bundle | None, Manifest | None]:
         if not buffers:
-            return body, None, None
+            return None, None
         # Copied now if they are small: the caller may change its arrays as soon as this returns.
         carried = bundle(buffers)
-        return body, carried, self._carrier.offer(buffers, receivers, lease_s) if carried is None else None
+        return carried, self._carrier.offer(buffers, receivers, lease_s) if carried is None else None
 
     # -- on the loop's thread from here on --
 

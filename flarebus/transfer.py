@@ -7,8 +7,9 @@ answers from the arrays themselves. Chunks may come twice, in any order, or not 
 has and asks again.
 
 Rules that hold here
-- A transfer is good for its named receivers only. One with a lease is forgotten when all of them are done or lost, or
-  nobody pulled for a whole lease; one without is held until it is withdrawn, so that a receiver may come back for it.
+- A transfer is good only for its named receivers and for whoever lives under their addresses. One with a lease is
+  forgotten when all of them are done or lost, or nobody pulled for a whole lease; one without is held until it is
+  withdrawn, so that a receiver may come back for it.
 - Progress renews a lease; nothing else does. There is no limit on the total time.
 - A chunk that touches at most `SEPARATE_SLICES` buffers goes as one frame for each, without a copy; one that touches
   more (many small tensors) goes as a single joined frame. Both ends derive this from the lengths, so nothing needs
@@ -81,6 +82,12 @@ class Offer:
         self.lease_s = lease_s
         self.expires = None if lease_s is None else now + lease_s
 
+    def is_for(self, receiver: str) -> bool:
+        """Whether `receiver`, or a cell above it in the tree of addresses, was named."""
+        while receiver and receiver not in self.receivers:
+            receiver = receiver.rpartition(".")[0]
+        return bool(receiver)
+
 
 class Offers:
     """All transfers that one cell holds.
@@ -129,7 +136,7 @@ class Offers:
         "Unknown", "over" and "not yours" are one answer on purpose: a guess learns nothing.
         """
         offer = self._offers.get(transfer)
-        if offer is None or receiver not in offer.receivers:
+        if offer is None or not offer.is_for(receiver):
             return None
         total = offer.slices.nbytes
         # A receiver asks for whole chunks within its window; anything else would let it queue the transfer many times.
