@@ -50,6 +50,7 @@ class PipeHandler:
             `on_message` runs.
         heartbeat_interval: seconds of own quiet before a sign of life is sent; below `heartbeat_timeout`.
         heartbeat_timeout: seconds of silence, from `start` on, that mean the peer is gone; 0 is never.
+        awaits_peer: count silence from the peer's first sign of life instead: somebody else knows when it is due.
         resend_interval: seconds between two tries to send a message, for a pipe that can do that.
         max_resends: tries after the first; None is without end.
         peer_read_timeout: seconds in which the peer must have read a message, each time it is sent; buffers that the
@@ -68,6 +69,7 @@ class PipeHandler:
         on_status: Callable[[str, str], None],
         heartbeat_interval: float = 5.0,
         heartbeat_timeout: float = 30.0,
+        awaits_peer: bool = False,
         resend_interval: float = 2.0,
         max_resends: int | None = 5,
         peer_read_timeout: float | None = 60.0,
@@ -78,7 +80,7 @@ class PipeHandler:
         self._on_message = on_message
         self._on_status = on_status
         self._clock = clock
-        self._liveness = Liveness(heartbeat_interval, heartbeat_timeout)
+        self._liveness = Liveness(heartbeat_interval, heartbeat_timeout, awaits_peer)
         self._sender = Sender(
             pipe,
             peer=self._peer,
