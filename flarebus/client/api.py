@@ -53,6 +53,12 @@ __all__ = [
 
 _log = logging.getLogger("flarebus.client")
 
+# What tells a script that it is a trainer in a process of its own.
+ENV_CLIENT_CONFIG = "FLAREBUS_CLIENT_CONFIG"
+ENV_CLIENT_API_TYPE = "CLIENT_API_TYPE"
+EX_PROCESS_API = "EX_PROCESS_API"
+DEFAULT_CONFIG_FILE = "config/client_api_config.json"
+
 
 class APIContext:
     """What `init` returns: one rank's view of the script's session. Made by `init` only.
@@ -91,17 +97,23 @@ def init(rank: str | int | None = None, config_file: str | None = None) -> APICo
 
     Args:
         rank: which process of a multi-process trainer this is; None: environment variable ``RANK``, else "0".
-        config_file: where a trainer in a process of its own finds its job. A script that runs inside the client job
-            does not need it: there it only tells contexts apart.
+        config_file: where a trainer in a process of its own finds its client job; None: where the environment variable
+            ``FLAREBUS_CLIENT_CONFIG`` says, or with ``CLIENT_API_TYPE=EX_PROCESS_API`` in
+            ``config/client_api_config.json``. A script that runs inside the client job does not need it: there it only
+            tells contexts apart.
 
     Returns:
         The context. The same arguments again give the same one, with a warning. The first becomes the default.
 
     Raises:
-        ClientApiError: no job runs this script.
+        ClientApiError: no job runs this script, or the client job refuses it.
         ConfigError: an argument has a wrong type, or the client configuration is wrong.
+        LinkError: the client job that the configuration names is not there.
     """
-    seat = seat_of_caller()
+    if config_file is not None and not isinstance(config_file, str | os.PathLike):
+        raise ConfigError("config_file", config_file, "a path, or None")
+    key = (_checked_rank(rank), None if config_file is None else os.fspath(config_file))
+    seat = seat_of_caller() or _process_seat(*key)
     if seat is None:
         raise ClientApiError(
             "flare.init(): no job runs this script, so there is nobody to get a model from. Name it as train_script "
@@ -110,9 +122,6 @@ def init(rank: str | int | None = None, config_file: str | None = None) -> APICo
         )
     if seat.closed:
         raise ClientApiError("flare.init(): the script that started this thread has ended")
-    if config_file is not None and not isinstance(config_file, str | os.PathLike):
-        raise ConfigError("config_file", config_file, "a path, or None")
-    key = (_checked_rank(rank), None if config_file is None else os.fspath(config_file))
     context = seat.contexts.get(key)
     if context is not None and not context.closed:
         _log.warning("flare.init() was called again with the same arguments; the first context stays")
@@ -158,10 +167,12 @@ def send(model: FLModel, clear_cache: bool = True, *, ctx: APIContext | None = N
     Raises:
         EncodeError: `model` is not an `FLModel` (a TypeError), or holds something that cannot travel.
         ClientApiError: nothing was received, the task is answered already, there are neither params nor metrics, or
-            the params do not fit the received ones (DIFF). On ranks other than 0 the call does nothing.
+            the params do not fit the received ones (DIFF). On ranks other than 0 nothing is sent.
     """
     context = context_of(ctx, "send")
-    if context.rank == "0":
+    if context.seat.engine.is_follower:
+        context.session.let_go()
+    elif context.rank == "0":
         context.session.send(model, clear_cache)
 
 
@@ -246,13 +257,20 @@ def clear(*, ctx: APIContext | None = None) -> None:
 
 
 def shutdown(*, ctx: APIContext | None = None) -> None:
-    """Close the context; calling it again does nothing. Other calls then need another `init`."""
+    """Close the context; calling it again does nothing. Other calls then need another `init`.
+
+    A trainer in a process of its own leaves its client job with the last context.
+    """
     if ctx is not None and ctx.closed:
         return
     seat = seat_of_caller()
     if ctx is None and seat is not None and seat.default is not None and seat.default.closed:
         return
-    context_of(ctx, "shutdown").closed = True
+    context = context_of(ctx, "shutdown")
+    context.closed = True
+    seat = context.seat
+    if seat.on_shutdown is not None and all(other.closed for other in seat.contexts.values()):
+        seat.on_shutdown()
 
 
 def context_of(ctx: APIContext | None, call: str) -> APIContext:
@@ -273,6 +291,18 @@ def context_of(ctx: APIContext | None, call: str) -> APIContext:
     if ctx._seat.closed:
         raise ClientApiError(f"flare.{call}(): the script that this call belongs to has ended")
     return ctx
+
+
+def _process_seat(rank: str, config_file: str | None) -> Seat | None:
+    """The seat of a trainer in a process of its own; None if nothing says that this is one."""
+    path = config_file or os.environ.get(ENV_CLIENT_CONFIG)
+    if path is None and os.environ.get(ENV_CLIENT_API_TYPE) == EX_PROCESS_API:
+        path = DEFAULT_CONFIG_FILE
+    if path is None:
+        return None
+    from flarebus.client.ex_process.seat import open_process_seat
+
+    return open_process_seat(path, rank)
 
 
 def _rank_zero(ctx: APIContext | None, call: str) -> APIContext:

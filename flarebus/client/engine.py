@@ -7,7 +7,8 @@ and what the Client API keeps for it. Many scripts may run in one process, each 
 1. the context variable that `sit` set in the script's thread (asyncio tasks and `asyncio.to_thread` inherit it);
 2. the stack: a thread that the script started runs a function of the script, whose globals are that script's alone;
 3. the fallback, if one was set (the site that has the turn), for a script's thread that runs only library code.
-   The main thread and threads whose name begins with ``flarebus`` are the host's own and never fall back.
+   The main thread and threads whose name begins with ``flarebus`` are the host's own and never fall back;
+4. the one script that this process is for, in a trainer.
 
 No transport is known here, and nothing is patched.
 """
@@ -38,6 +39,7 @@ __all__ = [
     "seat_of_caller",
     "seat_of_traceback",
     "set_fallback",
+    "set_process_seat",
     "sit",
 ]
 
@@ -82,6 +84,10 @@ class Engine(Protocol):
     def ended(self) -> str | None:
         """None while the job runs, else why it does not any more."""
 
+    @property
+    def is_follower(self) -> bool:
+        """Whether this process only follows rank 0: it sees every task, in order, and its answers do not count."""
+
     def next_task(self, timeout: float | None) -> Assignment | None:
         """Wait up to `timeout` seconds (None: without limit); None on timeout and once the job has ended.
 
@@ -113,13 +119,20 @@ class Seat:
         engine: what it gets its tasks from.
         away: makes the context in which the script waits for others; a host that lets scripts run by turns gives the
             turn to somebody else in it. Entered for every wait inside the Client API, by whichever thread waits.
+        on_shutdown: called when the script has closed its last context.
     """
 
-    __slots__ = ("away", "closed", "contexts", "default", "engine", "session")
+    __slots__ = ("away", "closed", "contexts", "default", "engine", "on_shutdown", "session")
 
-    def __init__(self, engine: Engine, away: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        away: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        on_shutdown: Callable[[], None] | None = None,
+    ) -> None:
         self.engine = engine
         self.away = away
+        self.on_shutdown = on_shutdown
         self.session: Session | None = None
         self.contexts: dict[tuple[str, str | None], APIContext] = {}
         self.default: APIContext | None = None
@@ -129,6 +142,7 @@ class Seat:
 _current: ContextVar[Seat | None] = ContextVar("flarebus_seat", default=None)
 _by_namespace: dict[int, Seat] = {}
 _fallback: Callable[[], Seat | None] | None = None
+_process_seat: Seat | None = None
 
 
 @contextmanager
@@ -150,6 +164,12 @@ def set_fallback(find: Callable[[], Seat | None] | None) -> None:
     _fallback = find
 
 
+def set_process_seat(seat: Seat | None) -> None:
+    """Say which script this whole process is for; None: it is not for one."""
+    global _process_seat
+    _process_seat = seat
+
+
 def seat_of_caller() -> Seat | None:
     """The script on whose behalf the calling code runs, or None outside any."""
     seat = _current.get()
@@ -163,7 +183,7 @@ def seat_of_caller() -> Seat | None:
                 return seat
             frame = frame.f_back  # type: ignore[assignment]  # the stub forgets None at the bottom
     if _fallback is None:
-        return None
+        return _process_seat
     thread = threading.current_thread()
     if thread is threading.main_thread() or thread.name.startswith(HOST_THREAD_PREFIX):
         return None

@@ -65,12 +65,14 @@ class LogConfig:
         level: the least level that is logged, as a number of `logging`.
         tables: a configuration for `logging.config.dictConfig`, or None.
         source: the file that `tables` came from.
+        text: what it was made from, for whoever has to make the same in another process; None for the default.
     """
 
     layout: Layout = Layout.CONCISE
     level: int = logging.INFO
     tables: dict[str, Any] | None = None
     source: str = ""
+    text: str | None = None
 
     @classmethod
     def parse(cls, value: str | os.PathLike[str] | None) -> LogConfig:
@@ -90,13 +92,13 @@ class LogConfig:
         text = os.fspath(value)
         if text in {layout.value for layout in Layout}:
             layout = Layout(text)
-            return cls(layout, logging.DEBUG if layout is Layout.VERBOSE else logging.INFO)
+            return cls(layout, logging.DEBUG if layout is Layout.VERBOSE else logging.INFO, text=text)
         if text.upper() in _LEVELS:
-            return cls(level=int(getattr(logging, text.upper())))
+            return cls(level=int(getattr(logging, text.upper())), text=text)
         if not os.path.isfile(text):
             modes = ", ".join(layout.value for layout in Layout)
             raise ConfigError("log_config", text, f"one of {modes}; a level ({', '.join(_LEVELS)}); or a JSON file")
-        return cls(Layout.MSG_ONLY, logging.INFO, _read_tables(text), text)
+        return cls(Layout.MSG_ONLY, logging.INFO, _read_tables(text), text, os.path.abspath(text))
 
     def line(self, when: float, level: str, logger: str, where: str, message: str) -> str:
         """Lay out one line.

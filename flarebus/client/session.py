@@ -117,7 +117,12 @@ class Session:
             _log.info("%s: no more tasks: %s", self._engine.site_name, reason)
 
     def is_running(self) -> bool:
-        """Wait for a task; False once the job has ended, also for a script that left its last task unanswered."""
+        """Wait for a task; False once the job has ended, also for a script that left its last task unanswered.
+
+        A follower that received the open task asks for the one after: whether rank 0 has answered it is not its to say.
+        """
+        if self._engine.is_follower and self._received is not None:
+            self.let_go()
         running = self.wait_task(None) is not None and self._engine.ended is None
         if not running:
             self._tell_end()
@@ -179,6 +184,11 @@ class Session:
             from flarebus.client.memory import release_memory
 
             release_memory(self.settings.cuda_empty_cache)
+
+    def let_go(self) -> None:
+        """A follower is done with the open task."""
+        with self._lock:
+            self._open = self._received = self._base = self.metrics = None
 
     def _deliver(self, task: Assignment, result: FLModel) -> Callable[[], None] | None:
         if self._engine.ended is None:

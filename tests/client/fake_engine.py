@@ -22,6 +22,7 @@ class FakeEngine:
         self.site_name = site_name
         self.config: Mapping[str, Any] = {} if config is None else config
         self.ended: str | None = None
+        self.is_follower = False
         self.tasks: queue.SimpleQueue[Assignment | None] = queue.SimpleQueue()
         self.answers: queue.SimpleQueue[tuple[Assignment, FLModel]] = queue.SimpleQueue()
         self.logged: list[tuple[str, Any, AnalyticsDataType, dict[str, Any]]] = []

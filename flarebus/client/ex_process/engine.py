@@ -1,0 +1,291 @@
+"""TrainerEngine: what the Client API talks to in a process of its own. Its client job is at the other end of a pipe.
+
+The arrays of a task are fetched as soon as it comes, so that the script finds them here. A result is answered when the
+server has all of it: until then this process offers the arrays, and `answer` does not return.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from flarebus.client.config import ClientConfig, ConfigKey
+from flarebus.client.engine import Assignment
+from flarebus.client.ex_process.words import CANCEL, HELLO, PROTOCOL, RECORDS, RESULT, TASK, channel_of, pack, unpack
+from flarebus.client.metrics import MetricOutbox
+from flarebus.codec import decode, encode
+from flarebus.errors import ClientApiError, ConfigError, DeadlineExceeded, DecodeError, FlarebusError, LinkError
+from flarebus.message import Buffer
+from flarebus.metric import AnalyticsDataType
+from flarebus.model import FLModel
+from flarebus.pending import Pending
+from flarebus.pipes import Message, Mode, Pipe, Topic
+from flarebus.pipes.handler import PipeHandler
+from flarebus.pipes.loading import make_pipe
+
+__all__ = ["TrainerEngine"]
+
+log = logging.getLogger("flarebus.client")
+
+_NO_NULLS = (int, type(None))
+# How long the last metrics may take to leave when the script ends.
+FAREWELL_S = 10.0
+# A follower that lags behind rank 0 sees at most so many tasks later.
+MAX_BEHIND = 2
+
+
+class TrainerEngine:
+    """One rank of a trainer; an `Engine` to its script. `connect` makes it.
+
+    Args:
+        config: the client configuration that the client job wrote for this trainer.
+        rank: which process of the trainer this is.
+        task_pipe: open; closed by `close`, as is the other one.
+        metric_pipe: likewise, or None.
+    """
+
+    def __init__(self, config: ClientConfig, rank: int, task_pipe: Pipe, metric_pipe: Pipe | None) -> None:
+        self.site_name = config.get_site_name() or ""
+        self.job_id = config.get_job_id() or ""
+        self.config: Mapping[str, Any] = config.public()
+        self.rank = rank
+        self.ended: str | None = None
+        self._settings = config
+        self._changed = threading.Condition()
+        self._waiting: deque[tuple[Assignment, Pending[Sequence[Buffer]]]] = deque(maxlen=MAX_BEHIND if rank else 1)
+        self._open: Assignment | None = None
+        self._unwanted = -1
+        self._closed = False
+        # Who fetches results from here over a pipe that passes manifests; told with the answer to the hello.
+        self._readers: Sequence[str] = ()
+        self._pipe = task_pipe
+        self._handler = self._handle(task_pipe, self._on_message, self._on_status)
+        self._metric_pipe = metric_pipe
+        self._metric_handler = None if metric_pipe is None else self._handle(metric_pipe, _ignore, _ignore)
+        self._metrics = MetricOutbox(self._send_records)
+
+    @classmethod
+    def connect(cls, config: ClientConfig, rank: int) -> TrainerEngine:
+        """Open the pipes that the configuration names, and say hello.
+
+        Raises:
+            ConfigError: the configuration names a pipe that cannot be made.
+            LinkError: the client job is not there.
+            ClientApiError: it does not want this process.
+        """
+        for name, value in ((ConfigKey.SITE_NAME, config.get_site_name()), (ConfigKey.JOB_ID, config.get_job_id())):
+            if value is None:
+                raise ConfigError(name, value, "the client configuration of a trainer says for whom it works")
+        keys = config.get_connection()
+        context = {"rank": rank} | ({} if keys is None else {"keys": keys})
+        pipes = []
+        try:
+            # Only rank 0 logs.
+            for section in (ConfigKey.TASK_EXCHANGE, ConfigKey.METRICS_EXCHANGE)[: 1 if rank else 2]:
+                pipe = make_pipe(config.get_pipe_class(section), config.get_pipe_args(section), context, Mode.ACTIVE)
+                pipe.open(channel_of(config.get_pipe_channel_name(section), rank))
+                pipes.append(pipe)
+            engine = cls(config, rank, pipes[0], pipes[1] if pipes[1:] else None)
+        except BaseException:
+            for pipe in pipes:
+                pipe.close()
+            raise
+        try:
+            engine._say_hello()
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+
+    # -- the Engine protocol --
+
+    @property
+    def is_follower(self) -> bool:
+        """Whether this is a rank other than 0: it sees every task, and only rank 0 answers."""
+        return self.rank != 0
+
+    def next_task(self, timeout: float | None) -> Assignment | None:
+        """Wait for the next task; see `Engine`."""
+        given_up, self._open = self._open, None
+        if given_up is not None and not self.is_follower:
+            self._give_up(given_up, "the script asked for its next task without answering this one")
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self.ended is not None, timeout)
+            if not self._waiting:
+                return None
+            self._open, _ = self._waiting.popleft()
+            return self._open
+
+    def still_wanted(self, assignment: Assignment) -> bool:
+        """Whether the task was not cancelled; see `Engine`."""
+        if int(assignment.task_id) > self._unwanted:
+            return True
+        self._open = None
+        return False
+
+    def answer(self, assignment: Assignment, result: FLModel) -> Callable[[], None]:
+        """Send the result; the wait is over when the server has it whole."""
+        body, buffers = encode(result)
+        fields = pack(number=int(assignment.task_id), error=None, model=body)
+        sent = self._handler.request(Message(RESULT, fields, buffers, readers=self._readers))
+
+        def wait() -> None:
+            verdict = unpack(self._wait_while_moving(sent).body, accepted=bool, reason=str)
+            self._open = None
+            if not verdict["accepted"]:
+                log.warning("%s: the server did not use the result: %s", self.site_name, verdict["reason"])
+
+        return wait
+
+    def log(self, key: str, value: Any, data_type: AnalyticsDataType, **kwargs: Any) -> None:
+        """Hand over one metric record."""
+        open_task = self._open
+        self._metrics.put(self.site_name, None if open_task is None else open_task.round, key, value, data_type, kwargs)
+
+    def close(self) -> None:
+        """Say goodbye: what was logged still leaves, within limits. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._metric_handler is not None and self.ended is None:
+            self._metrics.close(FAREWELL_S)
+        if self.ended is None:
+            self._handler.notify_end("the script has ended")
+        self._end("the script has ended")
+        for handler in (self._handler, self._metric_handler):
+            if handler is not None:
+                handler.stop()
+
+    # -- from the pipe --
+
+    def _on_message(self, message: Message) -> None:
+        if message.topic == TASK:
+            self._take_task(message)
+        elif message.topic == CANCEL:
+            self._cancel(unpack(message.body, number=int)["number"])
+        else:
+            raise DecodeError(f"topic {message.topic!r} is not known")
+
+    def _take_task(self, message: Message) -> None:
+        task = unpack(message.body, number=int, name=str, round=_NO_NULLS, total_rounds=_NO_NULLS, model=bytes)
+        # Now, so that the model is on its way while the script still does something else.
+        pulled = self._pipe.pull(message)
+        take = _Take(task["model"], pulled)
+        assignment = Assignment(str(task["number"]), task["name"], task["round"], task["total_rounds"], take)
+        with self._changed:
+            if self.ended is None and task["number"] > self._unwanted:
+                self._waiting.append((assignment, pulled))
+                self._changed.notify_all()
+
+    def _cancel(self, number: int) -> None:
+        with self._changed:
+            self._unwanted = max(self._unwanted, number)
+            wanted = [entry for entry in self._waiting if int(entry[0].task_id) > number]
+            self._waiting.clear()
+            self._waiting.extend(wanted)
+
+    def _on_status(self, topic: str, reason: str) -> None:
+        said = {
+            Topic.ABORT: reason or "the job was aborted",
+            Topic.END: reason or "the job has ended",
+        }
+        self._end(said.get(topic) or f"the client job is gone: {reason}")
+
+    def _end(self, reason: str) -> None:
+        with self._changed:
+            self.ended = self.ended or reason
+            self._waiting.clear()
+            self._changed.notify_all()
+
+    # -- to the pipe --
+
+    def _handle(
+        self, pipe: Pipe, on_message: Callable[[Message], None], on_status: Callable[[str, str], None]
+    ) -> PipeHandler:
+        settings = self._settings
+        handler = PipeHandler(
+            pipe,
+            on_message=on_message,
+            on_status=on_status,
+            heartbeat_interval=settings.get_heartbeat_interval(),
+            heartbeat_timeout=settings.get_heartbeat_timeout(),
+            max_resends=settings.get_max_resends(),
+        )
+        handler.start()
+        return handler
+
+    def _say_hello(self) -> None:
+        fields = {
+            "protocol": PROTOCOL,
+            "job_id": self.job_id,
+            "site": self.site_name,
+            "rank": self.rank,
+            "world_size": _world_size(),
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "token": self._settings.get_auth_token() or "",
+        }
+        try:
+            answer = self._handler.request(Message(HELLO, pack(**fields))).result(
+                self._settings.get_submit_result_timeout()
+            )
+        except LinkError as error:
+            raise LinkError(
+                f"flare.init(): the client job of {self.site_name}, job {self.job_id}, did not answer: {error}"
+            ) from error
+        verdict = unpack(answer.body, accepted=bool, reason=str, readers=list)
+        if not verdict["accepted"]:
+            raise ClientApiError(f"flare.init(): the client job refused this process: {verdict['reason']}")
+        self._readers = tuple(verdict["readers"])
+
+    def _wait_while_moving(self, pending: Pending[Message]) -> Message:
+        """The answer, however long it takes as long as bytes move to where they are wanted."""
+        lease_s = self._settings.get_download_complete_timeout()
+        moved = self._pipe.moved_bytes()
+        while True:
+            try:
+                return pending.result(lease_s)
+            except DeadlineExceeded:
+                if pending.is_done or self._pipe.moved_bytes() == moved:
+                    raise
+                moved = self._pipe.moved_bytes()
+
+    def _give_up(self, task: Assignment, reason: str) -> None:
+        if self.ended is None:
+            fields = pack(number=int(task.task_id), error=reason, model=b"")
+            self._handler.request(Message(RESULT, fields))
+
+    def _send_records(self, fields: Mapping[str, Any]) -> Pending[Any]:
+        if self._metric_handler is None:
+            raise FlarebusError("there is no metric channel")
+        return self._metric_handler.request(Message(RECORDS, pack(**fields)))
+
+
+class _Take:
+    """Makes the model of one task, once."""
+
+    def __init__(self, body: bytes, pulled: Pending[Sequence[Buffer]]) -> None:
+        self._body = body
+        self._pulled: Pending[Sequence[Buffer]] | None = pulled
+
+    def __call__(self) -> FLModel:
+        pulled, self._pulled = self._pulled, None
+        assert pulled is not None, "a model is taken once"
+        model = decode(self._body, pulled.result())
+        if type(model) is not FLModel:
+            raise DecodeError("the task holds no FLModel")
+        return model
+
+
+def _world_size() -> int:
+    text = os.environ.get("WORLD_SIZE", "1")
+    return int(text) if text.isascii() and text.isdigit() and 0 < int(text) < 1 << 16 else 1
+
+
+def _ignore(*_: object) -> None:
+    """Nothing comes this way that would have to be answered."""
