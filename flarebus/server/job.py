@@ -303,6 +303,10 @@ class ServerJob:
         assert open_task is not None
         for host, its_sites in self.roster.by_host(sites).items():
             self._cell.admit(open_task.payload, host)
+            for site in its_sites:
+                if self.roster.is_external(site):
+                    # Its trainer lives under this address, and fetches the model itself.
+                    self._cell.admit(open_task.payload, f"{site}.{self.job_id}")
             value = {
                 "number": open_task.number,
                 "task": open_task.task.name,
@@ -327,7 +331,9 @@ class ServerJob:
 
     def _join(self, delivery: Delivery) -> None:
         try:
-            announced = [named(site) for site in delivery.plain()["sites"]]
+            fields = delivery.plain()
+            announced = [named(site) for site in fields["sites"]]
+            external = [named(site) for site in fields.get("external", ())]
         except (DecodeError, KeyError, TypeError) as problem:
             delivery.fail(DecodeError(f"the sites that join cannot be read: {problem}"))
             return
@@ -337,7 +343,7 @@ class ServerJob:
             delivery.fail(JobFailed("the job has ended"))
             return
         self._forget_arrived(delivery.source)
-        self.roster.join(delivery.source, sites)
+        self.roster.join(delivery.source, sites, [site for site in external if site in sites])
         delivery.reply({"job_id": self.job_id})
         if self._open is not None:
             waiting = [site for site in sites if site in self._open.tally.open and site not in self._open.arrived]
@@ -359,6 +365,9 @@ class ServerJob:
                 raise TypeError("its model is not encoded")
         except (DecodeError, KeyError, TypeError) as problem:
             delivery.fail(DecodeError(f"result cannot be read: {problem}"))
+            return
+        if self.roster.runs(delivery.source, site) and not self._may_hold(delivery, site):
+            delivery.reply({"accepted": False, "reason": "its arrays are held by somebody else"})
             return
         self._take_result(Arrived(site, delivery, body), number, error)
 
@@ -398,6 +407,14 @@ class ServerJob:
         else:
             open_task.add(arrived)
 
+    def _may_hold(self, delivery: Delivery, site: str) -> bool:
+        """Whether the arrays of a result of `site` are where they belong: at its host, or at its trainer."""
+        manifest = delivery.message.manifest
+        return manifest is None or manifest.holder == delivery.source or self._is_trainer(manifest.holder, site)
+
+    def _is_trainer(self, holder: str, site: str) -> bool:
+        return self.roster.is_external(site) and holder.startswith(f"{site}.{self.job_id}.")
+
     def _stage(self, open_task: OpenTask) -> None:
         """Start pulling what has arrived, in the order it will be used, while there is room for it."""
         while (arrived := open_task.next_unstaged()) is not None:
@@ -431,8 +448,12 @@ class ServerJob:
             if type(model) is not FLModel:
                 raise DecodeError("it is not an FLModel")
         except (FlarebusError, OSError, MemoryError) as error:
-            self._fail(arrived.site, f"its result could not be fetched: {error}")
-            arrived.answer(str(error))
+            if isinstance(error, SourceLost) and self._is_trainer(error.holder, arrived.site):
+                # The task stays open: its host knows how the trainer ended, and whether there will be another one.
+                arrived.delivery.fail(error)
+            else:
+                self._fail(arrived.site, f"its result could not be fetched: {error}")
+                arrived.answer(str(error))
             return None
         finally:
             arrived.pulled = None

@@ -17,13 +17,16 @@ class Roster:
         self._host_of: dict[str, str] = {}
         self._present: set[str] = set()
         self._dead: dict[str, str] = {}
+        self._external: set[str] = set()
 
-    def join(self, host: str, sites: Iterable[str]) -> None:
-        """`host` is there and runs `sites`."""
+    def join(self, host: str, sites: Iterable[str], external: Iterable[str] = ()) -> None:
+        """`host` is there and runs `sites`, those of `external` in processes of their own."""
         self._present.add(host)
         for site in sites:
             self._host_of[site] = host
             self._dead.pop(site, None)
+        self._external.difference_update(sites)
+        self._external.update(external)
 
     def leave(self, host: str) -> None:
         """`host` went away; it may come back."""
@@ -41,6 +44,10 @@ class Roster:
     def runs(self, host: str, site: str) -> bool:
         """Whether `host` may speak for `site`."""
         return self._host_of.get(site) == host
+
+    def is_external(self, site: str) -> bool:
+        """Whether the script of `site` runs in a trainer."""
+        return site in self._external
 
     def sites_of(self, host: str) -> list[str]:
         """The sites that `host` announced, sorted."""

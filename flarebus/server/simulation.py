@@ -235,7 +235,7 @@ class Simulation:
     def _start_workers(
         self, stack: ExitStack, router: Router, loop: Loop, server_job: ServerJob, server: str, server_dir: Path
     ) -> Iterator[None]:
-        endpoint, dial_keys = self._listen(stack, router)
+        endpoint, dial_keys, trainer_keys = self._listen(stack, router)
 
         def exited(end: HostEnd) -> None:
             server_job.host_died(end, lambda: restart(end.address))
@@ -254,7 +254,8 @@ class Simulation:
                 environ = share_cores(self._num_workers)
                 if self._gpu_groups is not None:
                     environ["CUDA_VISIBLE_DEVICES"] = self._gpu_groups[number - 1]
-                pool.start(self._worker_config(address, endpoint, dial_keys, server, sites), environ)
+                config = self._worker_config(address, endpoint, dial_keys, server, sites)
+                pool.start({**config, "trainer_keys": trainer_keys}, environ)
             server_job.fire("workers_started", pids=pool.pids)
             yield
             told = server_job.end("completed")
@@ -263,7 +264,13 @@ class Simulation:
             told = server_job.end(f"the job has ended: {error}")
             raise
         finally:
-            pool.stop(told, END_S if self._aborted_by is None else ABORT_S)
+            pool.stop(told, self._patience_s())
+
+    def _patience_s(self) -> float:
+        """How long workers may take to leave by themselves."""
+        if self._aborted_by is not None:
+            return ABORT_S
+        return END_S + max(self._job.site_config(site).shutdown_timeout for site in self._sites)
 
     @contextmanager
     def _start_host(
@@ -271,8 +278,19 @@ class Simulation:
     ) -> Iterator[None]:
         cell = Cell.attach(f"worker-1.{self._job.job_id}", router, loop, self._aliases(self._sites))
         stack.callback(cell.close)
+        sites = self._hosted(self._sites)
+        endpoint, trainer_keys = "", None
+        if any(site.config.is_external for site in sites):
+            endpoint, _, trainer_keys = self._listen(stack, router)
         host = SiteHost(
-            cell, server, self._job.job_id, self._hosted(self._sites), LogConfig.parse(self._log_config), console=True
+            cell,
+            server,
+            self._job.job_id,
+            sites,
+            LogConfig.parse(self._log_config),
+            console=True,
+            endpoint=endpoint,
+            trainer_keys=trainer_keys,
         )
         thread = threading.Thread(target=_run_host, args=(host,), name="flarebus host", daemon=True)
         thread.start()
@@ -288,17 +306,18 @@ class Simulation:
             host.end(reason)
             thread.join()
 
-    def _listen(self, stack: ExitStack, router: Router) -> tuple[str, dict[str, str] | None]:
+    def _listen(self, stack: ExitStack, router: Router) -> tuple[str, dict[str, str] | None, dict[str, str] | None]:
+        """Endpoint, keys of workers, keys of trainers."""
         if self._options.transport == "tcp":
-            server, worker = KeyPair.generate(), KeyPair.generate()
-            endpoint = router.bind("tcp://127.0.0.1:*", ListenKeys(server, frozenset({worker.public})))
-            keys = {"public": worker.public, "secret": worker.secret, "server": server.public}
-            return endpoint, {name: key.decode() for name, key in keys.items()}
+            server, worker, trainer = (KeyPair.generate() for _ in range(3))
+            admitted = frozenset({worker.public, trainer.public})
+            endpoint = router.bind("tcp://127.0.0.1:*", ListenKeys(server, admitted))
+            return endpoint, _key_texts(worker, server), _key_texts(trainer, server)
         sockets = SocketFolder()
         with self._lock:
             self._sockets = sockets
         stack.callback(sockets.remove)
-        return router.bind(sockets.endpoint), None
+        return router.bind(sockets.endpoint), None, None
 
     def _worker_config(
         self, address: str, endpoint: str, keys: dict[str, str] | None, server: str, sites: Sequence[str]
@@ -322,6 +341,11 @@ class Simulation:
 
     def _hosted(self, sites: Sequence[str]) -> list[HostedSite]:
         return [HostedSite(site, self.run_dir / site, self._job.site_config(site)) for site in sites]
+
+
+def _key_texts(own: KeyPair, server: KeyPair) -> dict[str, str]:
+    keys = {"public": own.public, "secret": own.secret, "server": server.public}
+    return {name: key.decode() for name, key in keys.items()}
 
 
 def _run_host(host: SiteHost) -> None:

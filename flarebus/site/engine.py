@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
 
 from flarebus.cell import Cell
 from flarebus.client.engine import Assignment
@@ -15,12 +19,15 @@ from flarebus.errors import FlarebusError
 from flarebus.message import Buffer
 from flarebus.metric import AnalyticsDataType
 from flarebus.model import FLModel
-from flarebus.pending import Pending
 from flarebus.site.outbox import ResultOutbox
 from flarebus.slab import unbundle
 from flarebus.wire import bundle
+from flarebus.workflow.filter import FilterChain, FilterTask
 
-__all__ = ["SharedModel", "SiteEngine"]
+__all__ = ["Line", "SharedModel", "SiteEngine"]
+
+
+_NONE = FilterChain.build((), Path())
 
 
 class SharedModel:
@@ -64,6 +71,16 @@ class SharedModel:
                 self._buffers = ()
 
 
+class Line(Protocol):
+    """Where the threads of one script line up for its turn."""
+
+    def line_up(self, gate: threading.Lock) -> None:
+        """Open `gate` when the script has the turn. It must not block."""
+
+    def stand_back(self, gate: threading.Lock) -> None:
+        """Nobody waits at `gate` any more: give up the turn that it brought, or would bring."""
+
+
 class SiteEngine:
     """One site inside a host; an `Engine` to its script.
 
@@ -76,6 +93,7 @@ class SiteEngine:
         metrics: where metric records go.
         results: where small results go.
         note: writes a line about the site into its log.
+        filters: what tasks go through before the script sees them, and answers before they leave.
     """
 
     def __init__(
@@ -88,16 +106,19 @@ class SiteEngine:
         metrics: MetricOutbox,
         results: ResultOutbox,
         note: Callable[[str], None],
+        filters: tuple[FilterChain, FilterChain] = (_NONE, _NONE),
     ) -> None:
         self.site_name = site
         self.job_id = job_id
         self.config = config
         self.ended: str | None = None
+        self.is_follower = False
         self._cell = cell
         self._server = server
         self._metrics = metrics
         self._results = results
         self._log_note = note
+        self._input_filters, self._output_filters = filters
         self.line: Line | None = None
         """Where threads of the script line up for its turn; None: they need none."""
         self._lock = threading.Lock()
@@ -147,6 +168,9 @@ class SiteEngine:
 
     def answer(self, assignment: Assignment, result: FLModel) -> Callable[[], None] | None:
         """Send the result; there is nothing to wait for if all of it fits into the message."""
+        filters = self._output_filters.for_task(assignment.task_name)
+        if filters:
+            result = filters.apply(result, FilterTask(assignment.task_name, assignment.round, self.site_name))
         payload = self._cell.share(result, (self._server,))
         number = int(assignment.task_id)
         if self._results.takes(payload):
@@ -184,6 +208,10 @@ class SiteEngine:
 
     def assign(self, assignment: Assignment, model: SharedModel) -> None:
         """A task came. It replaces any that was not fetched yet."""
+        filters = self._input_filters.for_task(assignment.task_name)
+        if filters:
+            task, take = FilterTask(assignment.task_name, assignment.round, self.site_name), assignment.take
+            assignment = replace(assignment, take=lambda: filters.apply(take(), task))
         with self._lock:
             self._discard()
             if self.ended is not None:

@@ -10,34 +10,34 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flarebus.cell import Cell
-from flarebus.client.engine import Assignment, set_fallback
+from flarebus.client.config import ClientConfig
+from flarebus.client.engine import Assignment, Engine, set_fallback
 from flarebus.client.metrics import MetricOutbox
 from flarebus.delivery import Delivery
 from flarebus.errors import DecodeError, LinkError
-from flarebus.job.kinds import ExchangeFormat, FrameworkType
 from flarebus.job.site_config import SiteConfig
 from flarebus.message import Buffer
 from flarebus.pending import Pending
+from flarebus.site.client_config import make_client_config
 from flarebus.site.engine import SharedModel, SiteEngine
+from flarebus.site.external import HUNG_S, ExternalSite, Work
+from flarebus.site.inside import InsideTrainer
+from flarebus.site.launcher import TrainerExit
 from flarebus.site.log_config import LogConfig
 from flarebus.site.outbox import ResultOutbox
 from flarebus.site.output import SiteLogs
 from flarebus.site.script import CodeCache, Outcome, SiteScript
+from flarebus.site.trainer import Ground
 from flarebus.site.turn import Turnstile
+from flarebus.workflow.filter import FilterChain
 
 __all__ = ["HostedSite", "SiteHost"]
 
-# What a script of each framework works with.
-_EXCHANGE_FORMAT = {
-    FrameworkType.NUMPY: ExchangeFormat.NUMPY,
-    FrameworkType.PYTORCH: ExchangeFormat.PYTORCH,
-    FrameworkType.TENSORFLOW: ExchangeFormat.NUMPY,
-    FrameworkType.RAW: ExchangeFormat.RAW,
-}
 # How long scripts may take to come to their end once there is no more work, and metrics to reach the server.
 FAREWELL_S = 10.0
 
@@ -62,6 +62,8 @@ class SiteHost:
         log_config: layout and level of the sites' logs.
         console: show output on the console as well, for debugging.
         on_turn: told the name of the site whose turn begins.
+        endpoint: of the router, for trainers in processes of their own.
+        trainer_keys: CURVE keys for them, or None where connections are not encrypted.
     """
 
     def __init__(
@@ -73,49 +75,90 @@ class SiteHost:
         log_config: LogConfig | None = None,
         console: bool = False,
         on_turn: Callable[[str], None] | None = None,
+        endpoint: str = "",
+        trainer_keys: Mapping[str, str] | None = None,
     ) -> None:
         self._cell = cell
         self._server = server
-        self._metrics = MetricOutbox(lambda fields: cell.request(server, "metric", "records", fields))
+        self._job_id = job_id
+        self._metrics = MetricOutbox(self._send_records)
+        self._results = ResultOutbox(cell, server)
         self._logs = SiteLogs(log_config, console=console)
         self._over = threading.Event()
         self._turnstile = Turnstile(on_turn)
-        codes = CodeCache()
+        self._codes = CodeCache()
         self._engines: dict[str, SiteEngine] = {}
         self._scripts: dict[str, SiteScript] = {}
+        self._externals: dict[str, ExternalSite] = {}
+        log_text = None if log_config is None else log_config.text
+        ground = Ground(cell, server, job_id, endpoint, trainer_keys, log_text, self._send_records)
         for site in sites:
-            self._add(site, job_id, codes)
+            self._logs.add(site.name, site.folder / "log.txt")
+            if site.config.is_external:
+                self._add_external(site, ground)
+            else:
+                self._add(site)
         cell.inbox("task", "assign", self._assign)
         cell.on("task", "cancel", self._cancel)
         cell.on("task", "refused", self._refused)
         cell.on("task", "end", lambda delivery: self.end(delivery.value()["reason"]))
         cell.on_link_lost(self._lost)
 
-    def _add(self, site: HostedSite, job_id: str, codes: CodeCache) -> None:
+    def _add(self, site: HostedSite) -> None:
         name = site.name
-        self._logs.add(name, site.folder / "log.txt")
         engine = SiteEngine(
             name,
-            job_id,
-            _client_config(name, job_id, site.config),
+            self._job_id,
+            make_client_config(name, self._job_id, site.config),
             self._cell,
             self._server,
             self._metrics,
             self._results,
             lambda text: self._logs.note(name, "WARNING", text),
+            self._filters(site),
         )
         self._engines[name] = engine
-        engine.line = self._scripts[name] = SiteScript(
+        engine.line = self._scripts[name] = self._make_script(site, engine, lambda: engine.has_task, self._script_ended)
+
+    def _add_external(self, site: HostedSite, ground: Ground) -> None:
+        def run_inside(config: ClientConfig, on_exit: Callable[[TrainerExit], None]) -> InsideTrainer:
+            return InsideTrainer(config, partial(self._make_script, site), on_exit)
+
+        self._externals[site.name] = ExternalSite(
+            site.name,
+            site.folder,
+            site.config,
+            make_client_config(site.name, self._job_id, site.config),
+            self._filters(site),
+            ground,
+            self._logs,
+            run_inside,
+        )
+
+    def _filters(self, site: HostedSite) -> tuple[FilterChain, FilterChain]:
+        code_dir = Path(site.config.train_script).parent
+        return (
+            FilterChain.build(site.config.input_filters, code_dir),
+            FilterChain.build(site.config.output_filters, code_dir),
+        )
+
+    def _make_script(
+        self, site: HostedSite, engine: Engine, task_waiting: Callable[[], bool], on_end: Callable[[Outcome], None]
+    ) -> SiteScript:
+        return SiteScript(
             engine,
             site.config.train_script,
             site.config.train_args,
             site.folder,
             turnstile=self._turnstile,
-            codes=codes,
+            codes=self._codes,
             logs=self._logs,
-            task_waiting=lambda: engine.has_task,
-            on_end=self._script_ended,
+            task_waiting=task_waiting,
+            on_end=on_end,
         )
+
+    def _send_records(self, fields: Mapping[str, Any]) -> Pending[Any]:
+        return self._cell.request(self._server, "metric", "records", dict(fields))
 
     def run(self) -> None:
         """Join the server, serve until the job ends, and let the scripts come to their end.
@@ -126,7 +169,10 @@ class SiteHost:
         with self._logs:
             set_fallback(self._turnstile.holder_seat)
             try:
-                self._cell.request(self._server, "task", "join", {"sites": sorted(self._engines)}).result()
+                for external in self._externals.values():
+                    external.start()
+                sites = {"sites": sorted([*self._engines, *self._externals]), "external": sorted(self._externals)}
+                self._cell.request(self._server, "task", "join", sites).result()
                 self._over.wait()
             finally:
                 self.end("the host was stopped")
@@ -137,6 +183,8 @@ class SiteHost:
         """No more work: scripts that wait hear it now, and `run` returns. From any thread."""
         for engine in self._engines.values():
             engine.end(reason)
+        for external in self._externals.values():
+            external.end(reason)
         self._over.set()
 
     def _assign(self, delivery: Delivery) -> None:
@@ -146,7 +194,14 @@ class SiteHost:
         except DecodeError as error:
             delivery.fail(error)
             return
-        delivery.pull().on_done(lambda buffers: self._hand_out(delivery, task, buffers))
+        for site in task["sites"]:
+            if site in self._externals:
+                fields = {"name": task["task"], "round": task["round"], "total_rounds": task["total_rounds"]}
+                self._externals[site].assign(Work(task["number"], fields, task["model"], delivery))
+        if any(site in self._engines for site in task["sites"]):
+            delivery.pull().on_done(lambda buffers: self._hand_out(delivery, task, buffers))
+        else:
+            delivery.reply()
 
     def _hand_out(self, delivery: Delivery, task: Mapping[str, Any], buffers: Pending[Sequence[Buffer]]) -> None:
         error = buffers.error()
@@ -166,6 +221,8 @@ class SiteHost:
         for site in fields["sites"]:
             if site in self._engines:
                 self._engines[site].cancel(fields["number"])
+            elif site in self._externals:
+                self._externals[site].cancel(fields["number"])
 
     def _refused(self, delivery: Delivery) -> None:
         fields = delivery.value()
@@ -180,26 +237,10 @@ class SiteHost:
         self.end(f"the server cannot be reached: {error}")
 
     def _farewell(self) -> None:
-        deadline = time.monotonic() + FAREWELL_S
+        longest = max((external.leave_s for external in self._externals.values()), default=0.0)
+        deadline = time.monotonic() + max(FAREWELL_S, longest + HUNG_S)
+        for external in self._externals.values():
+            external.wait_ended(max(0.0, deadline - time.monotonic()))
         for script in self._scripts.values():
             script.wait_ended(max(0.0, deadline - time.monotonic()))
         self._metrics.close(max(0.0, deadline - time.monotonic()))
-
-
-def _client_config(site: str, job_id: str, config: SiteConfig) -> dict[str, Any]:
-    """What `flare.get_config()` shows, in the words of the client configuration file."""
-    return {
-        "SITE_NAME": site,
-        "JOB_ID": job_id,
-        "TASK_EXCHANGE": {
-            "train_with_eval": True,
-            "exchange_format": _EXCHANGE_FORMAT[config.framework].value,
-            "server_expected_format": config.server_expected_format.value,
-            "transfer_type": config.params_transfer_type.value,
-            "train_task_name": "train",
-            "eval_task_name": "validate",
-            "submit_model_task_name": "submit_model",
-            "memory_gc_rounds": config.memory_gc_rounds,
-            "cuda_empty_cache": config.cuda_empty_cache,
-        },
-    }

@@ -71,6 +71,8 @@ def _host(cell: Cell, config: dict[str, Any]) -> None:
             sites,
             LogConfig.parse(config["log_config"]),
             on_turn=lambda site: _note_turn(page, site),
+            endpoint=config["endpoint"],
+            trainer_keys=config["trainer_keys"],
         )
         _note_turn(page, "")
         host.run()

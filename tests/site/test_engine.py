@@ -24,6 +24,7 @@ from flarebus.model import FLModel
 from flarebus.pending import Pending
 from flarebus.router import Router
 from flarebus.site.engine import SharedModel, SiteEngine
+from flarebus.site.outbox import ResultOutbox
 
 LIMIT_S = 30.0
 BIG = 100_000
@@ -111,7 +112,8 @@ class Server:
         self.cell.inbox("task", "results", self.batches.put)
         self.cell.inbox("metric", "records", self.records.put)
         self.outbox = MetricOutbox(lambda fields: self.host.request("server", "metric", "records", fields))
-        self.engine = SiteEngine("site-1", "job", {}, self.host, "server", self.outbox, self.notes.append)
+        results = ResultOutbox(self.host, "server")
+        self.engine = SiteEngine("site-1", "job", {}, self.host, "server", self.outbox, results, self.notes.append)
 
     def assign(self, number: int, model: SharedModel | None = None) -> SharedModel:
         model = shared(1)[0] if model is None else model

@@ -21,6 +21,7 @@ import pytest
 from flarebus.cell import Cell
 from flarebus.client import engine as client_engine
 from flarebus.client import metrics
+from flarebus.client.log_config import LogConfig
 from flarebus.errors import FlarebusError, QuorumNotReached
 from flarebus.job.kinds import ExchangeFormat, FrameworkType, TransferType
 from flarebus.job.site_config import SiteConfig
