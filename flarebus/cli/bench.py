@@ -45,20 +45,21 @@ def bench() -> None:
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, metavar="R", help="Rounds.")
 @click.option("--env", type=click.Choice(["sim"]), default="sim", show_default=True, help="Where it runs.")
 @_curve
-@click.option("--external", is_flag=True, help="Training scripts in processes of their own; not built yet.")
+@click.option("--external", is_flag=True, help="Training scripts in processes of their own.")
+@click.option("--pipe", metavar="P", help="Pipe to them: cell, file, memory, shm, or a class path. Default: cell.")
 @click.option("--offload", is_flag=True, help="Incoming results in files instead of memory.")
 @_json
-def _round(*, env: str, external: bool, as_json: bool, **settings: Any) -> int:
+def _round(*, env: str, external: bool, pipe: str | None, as_json: bool, **settings: Any) -> int:
     """FedAvg rounds in which every site adds one to every weight.
 
     The length of a round is measured at the server, from its beginning to that of the next: handing out, the sites'
     work, averaging and saving. The median leaves out the first. The final weights are checked.
     """  # fmt: skip
-    if external:
-        raise UsageError("--external: belongs to external trainers, which this version does not have")
+    if pipe is not None and not external:
+        raise UsageError("--pipe: belongs to --external")
     from flarebus.cli.bench_round import RoundBench
 
-    figures = RoundBench(**settings).run()
+    figures = RoundBench(**settings, external=external, pipe=pipe or "cell").run()
     _print(figures, as_json)
     if figures["final_value"] != settings["rounds"]:
         raise click.ClickException(f"final weights are {figures['final_value']}, not {settings['rounds']}")

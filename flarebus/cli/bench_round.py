@@ -42,6 +42,8 @@ class RoundBench:
         rounds: rounds to run.
         curve: encrypted TCP instead of local sockets.
         offload: incoming results in files.
+        external: each site's script in a process of its own.
+        pipe: name or class path of the pipe to it; only with `external`.
     """
 
     mb: float
@@ -51,6 +53,8 @@ class RoundBench:
     rounds: int
     curve: bool
     offload: bool
+    external: bool = False
+    pipe: str = "cell"
 
     def run(self) -> dict[str, Any]:
         """Run the job in a folder of its own, which is removed, and return the figures.
@@ -61,9 +65,9 @@ class RoundBench:
         from flarebus.cli.bench_peaks import Peaks
 
         began = time.perf_counter()
-        clock = _RoundClock()
         with tempfile.TemporaryDirectory(prefix="flarebus-bench-") as folder:
             with Peaks() as peaks:
+                clock = _RoundClock(on_first=peaks.mark_idle)
                 run_dir, threads = self._run_job(Path(folder), clock)
             total_s = time.perf_counter() - began
             final = _final_value(run_dir / "server" / "models" / "FL_global_model.safetensors")
@@ -77,11 +81,14 @@ class RoundBench:
             "rounds": self.rounds,
             "curve": self.curve,
             "offload": self.offload,
+            "external": self.external,
+            **({"pipe": self.pipe} if self.external else {}),
             "round_s_median": round(statistics.median(lengths[1:] or lengths), 5),
             "round_s_all": [round(length, 5) for length in lengths],
             "total_s": round(total_s, 3),
             "final_value": final,
             "peak_mb": peaks.by_role,
+            **({"idle_mb": peaks.idle} if self.external else {}),
         } | ({"peak_mb_note": peaks.note} if peaks.note else {})
 
     def _run_job(self, folder: Path, clock: _RoundClock) -> tuple[Path, int]:
@@ -102,7 +109,10 @@ class RoundBench:
             num_rounds=self.rounds,
             train_script=str(script),
             enable_tensor_disk_offload=self.offload,
+            launch_external_process=self.external,
         )
+        if self.external:
+            recipe.add_client_config({"pipe": self.pipe})
         extra: dict[str, Any] = {"on_event": clock.on_event} | ({"transport": "tcp"} if self.curve else {})
         env = SimEnv(num_clients=self.clients, num_threads=self.threads, workspace_root=folder / "runs", extra=extra)
         run = recipe.execute(env)
@@ -114,13 +124,18 @@ class RoundBench:
 class _RoundClock:
     """Notes when rounds begin and when the last one is committed, on the server's own thread."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, on_first: Callable[[], None] | None = None
+    ) -> None:
         self._clock = clock
+        self._on_first = on_first
         self._starts: list[float] = []
         self._committed = math.nan
 
     def on_event(self, event: str, _fields: dict[str, Any]) -> None:
         if event == "round_started":
+            if not self._starts and self._on_first is not None:
+                self._on_first()
             self._starts.append(self._clock())
         elif event == "round_committed":
             self._committed = self._clock()

@@ -33,7 +33,7 @@ def test_help_lists_the_commands_and_imports_none() -> None:
     ("argv", "said"),
     [
         (["bnech"], "bnech"),
-        (["bench", "round", "--external"], "--external"),
+        (["bench", "round", "--pipe", "file"], "--external"),
         (["bench", "round", "--mb", "0"], "--mb"),
         (["bench", "round", "--clients", "0"], "--clients"),
         (["bench", "bus", "--curve", "--transport", "ipc"], "--curve"),
