@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from flarebus.site import launcher
 from flarebus.site.guardian import GRACE_S
 from tests.site.launched import LIMIT_S, Launch, changed_guardian
 from tests.system.observed import GONE_S, marked_processes, wait_until
@@ -139,6 +141,27 @@ def test_a_fork_of_the_client_job_does_not_keep_the_trainer_alive(
         os.kill(fork, signal.SIGKILL)
 
 
+def test_the_end_of_its_input_is_the_end(mark: str, tmp_path: Path) -> None:
+    """Where no process can be watched, and whatever else this one still does."""
+    reports, status = os.pipe()
+    guardian = subprocess.Popen(
+        [sys.executable, "-I", "-S", launcher._GUARDIAN, str(status)], stdin=subprocess.PIPE, pass_fds=(status,)
+    )
+    os.close(status)
+    order = {"argv": ["sleep", "600"], "folder": str(tmp_path), "environ": dict(os.environ), "parent": os.getpid()}
+    with open(reports, "rb") as file, guardian:
+        try:
+            assert guardian.stdin is not None
+            guardian.stdin.write(json.dumps(order).encode() + b"\n")
+            guardian.stdin.flush()
+            assert json.loads(file.readline()).keys() == {"pid"}
+            guardian.stdin.close()
+            assert json.loads(file.readline())["signal"] == signal.SIGTERM
+            guardian.wait(LIMIT_S)
+        finally:
+            guardian.kill()
+
+
 def test_ctrl_c_does_not_reach_the_trainer(jobs: list[ClientJob], tmp_path: Path) -> None:
     """It is the client job's to decide what an interrupt of its process group means."""
     code = "print('ready', flush=True)\nwhile not os.path.exists('go'): time.sleep(0.01)\nprint('alive')"
@@ -192,7 +215,7 @@ def test_a_chain_of_processes_is_caught(launch: Launch, mark: str) -> None:
     """Each starts the next and ends: the group is killed in one step, which nobody forks ahead of."""
     trainer = launch(
         "if os.fork() == 0:\n    print('ready', flush=True)\n"
-        f"    {DEAF}    while os.fork() == 0: time.sleep(0.002)\n    os._exit(0)\n" + FOREVER
+        f"    {DEAF}    while os.fork() == 0: pass\n    os._exit(0)\n" + FOREVER
     )
     trainer.wait_line("ready")
     trainer.process.kill()
