@@ -27,6 +27,7 @@ from typing import Any
 from flarebus.client.engine import Seat, seat_of_caller
 from flarebus.client.record import hand_over
 from flarebus.client.session import Session
+from flarebus.client.settings import ENV_API_TYPE, ENV_CLIENT_CONFIG, EX_PROCESS_API
 from flarebus.errors import ClientApiError, ConfigError
 from flarebus.metric import AnalyticsDataType
 from flarebus.model import FLModel, MetaKey
@@ -53,10 +54,6 @@ __all__ = [
 
 _log = logging.getLogger("flarebus.client")
 
-# What tells a script that it is a trainer in a process of its own.
-ENV_CLIENT_CONFIG = "FLAREBUS_CLIENT_CONFIG"
-ENV_CLIENT_API_TYPE = "CLIENT_API_TYPE"
-EX_PROCESS_API = "EX_PROCESS_API"
 DEFAULT_CONFIG_FILE = "config/client_api_config.json"
 
 
@@ -296,7 +293,7 @@ def context_of(ctx: APIContext | None, call: str) -> APIContext:
 def _process_seat(rank: str, config_file: str | None) -> Seat | None:
     """The seat of a trainer in a process of its own; None if nothing says that this is one."""
     path = config_file or os.environ.get(ENV_CLIENT_CONFIG)
-    if path is None and os.environ.get(ENV_CLIENT_API_TYPE) == EX_PROCESS_API:
+    if path is None and os.environ.get(ENV_API_TYPE) == EX_PROCESS_API:
         path = DEFAULT_CONFIG_FILE
     if path is None:
         return None

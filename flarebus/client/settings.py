@@ -11,7 +11,18 @@ from flarebus.client.config import ClientConfig
 from flarebus.errors import ConfigError
 from flarebus.job.kinds import ExchangeFormat, TransferType
 
-__all__ = ["ENV_CUDA_EMPTY_CACHE", "ENV_MEMORY_GC_ROUNDS", "ClientSettings"]
+__all__ = [
+    "ENV_API_TYPE",
+    "ENV_CLIENT_CONFIG",
+    "ENV_CUDA_EMPTY_CACHE",
+    "ENV_MEMORY_GC_ROUNDS",
+    "EX_PROCESS_API",
+    "ClientSettings",
+]
+
+# What tells a script that it is a trainer in a process of its own, and where its configuration is.
+ENV_API_TYPE, EX_PROCESS_API = "CLIENT_API_TYPE", "EX_PROCESS_API"
+ENV_CLIENT_CONFIG = "FLAREBUS_CLIENT_CONFIG"
 
 ENV_MEMORY_GC_ROUNDS = ("FLAREBUS_CLIENT_MEMORY_GC_ROUNDS", "NVFLARE_CLIENT_MEMORY_GC_ROUNDS")
 ENV_CUDA_EMPTY_CACHE = ("FLAREBUS_CUDA_EMPTY_CACHE", "NVFLARE_CUDA_EMPTY_CACHE")

@@ -17,6 +17,7 @@ from typing import Any
 from flarebus.cell import Cell
 from flarebus.client.config import ClientConfig
 from flarebus.client.engine import Assignment, Engine, set_fallback
+from flarebus.client.log_config import LogConfig
 from flarebus.client.metrics import MetricOutbox
 from flarebus.delivery import Delivery
 from flarebus.errors import DecodeError, LinkError
@@ -28,7 +29,6 @@ from flarebus.site.engine import SharedModel, SiteEngine
 from flarebus.site.external import HUNG_S, ExternalSite, Work
 from flarebus.site.inside import InsideTrainer
 from flarebus.site.launcher import TrainerExit
-from flarebus.site.log_config import LogConfig
 from flarebus.site.outbox import ResultOutbox
 from flarebus.site.output import SiteLogs
 from flarebus.site.script import CodeCache, Outcome, SiteScript

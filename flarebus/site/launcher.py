@@ -24,15 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from flarebus.client.log_config import escape, without_mark
+from flarebus.client.settings import ENV_API_TYPE, ENV_CLIENT_CONFIG, EX_PROCESS_API
 from flarebus.site.import_path import import_path
 from flarebus.site.lines import LineQueue, LineSplitter, Tail
 
-__all__ = ["ENV_API_TYPE", "ENV_CLIENT_CONFIG", "TrainerExit", "TrainerProcess", "trainer_environ"]
+__all__ = ["TrainerExit", "TrainerProcess", "trainer_environ"]
 
 log = logging.getLogger(__name__)
 
-ENV_API_TYPE = "CLIENT_API_TYPE"
-ENV_CLIENT_CONFIG = "FLAREBUS_CLIENT_CONFIG"
 _GUARDIAN = Path(__file__).with_name("guardian.py").absolute()
 _READ_BYTES = 65536
 # What may lie in a pipe when the trainer ends: no more is read then, for what it left behind may go on writing.
@@ -390,7 +389,7 @@ def trainer_environ(config_file: Path, environ: Mapping[str, str] = os.environ) 
         config_file: the client configuration.
         environ: what the trainer would get otherwise.
     """
-    result = {**environ, **import_path(environ), ENV_API_TYPE: "EX_PROCESS_API", ENV_CLIENT_CONFIG: str(config_file)}
+    result = {**environ, **import_path(environ), ENV_API_TYPE: EX_PROCESS_API, ENV_CLIENT_CONFIG: str(config_file)}
     programs = os.path.join(sys.prefix, "bin")
     before = environ.get("PATH", os.defpath)
     if sys.prefix != sys.base_prefix and programs not in before.split(os.pathsep):

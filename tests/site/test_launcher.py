@@ -13,8 +13,9 @@ import pytest
 
 import flarebus
 from flarebus.client.log_config import MARK
+from flarebus.client.settings import ENV_API_TYPE, ENV_CLIENT_CONFIG
 from flarebus.site.import_path import import_path
-from flarebus.site.launcher import ENV_API_TYPE, ENV_CLIENT_CONFIG, TrainerExit, trainer_environ
+from flarebus.site.launcher import TrainerExit, trainer_environ
 from tests.site.launched import LIMIT_S, Launch, Launched, changed_guardian
 from tests.system.observed import GONE_S, marked_processes, wait_until
 
