@@ -38,6 +38,8 @@ class Raw:
         self._context = zmq.Context()
         self.socket = self._context.socket(zmq.DEALER)
         self.socket.linger = 0
+        # What it does not read must fill its sender's queues soon, not wait in its own.
+        self.socket.rcvhwm = 4
         self.socket.sndtimeo = int(WAIT_S * 1000)
         self._deadline = time.monotonic() + WAIT_S
         self.socket.connect(endpoint)
