@@ -19,7 +19,7 @@ from flarebus.message import Buffer, Manifest
 from flarebus.pending import Pending
 from flarebus.slab import SlabPool
 from flarebus.sockets import Head, frame_bytes, receive_rest
-from flarebus.transfer import Offers, Pull
+from flarebus.transfer import Offers, Pull, slices_of
 from flarebus.wire import CHUNK, DONE, NOT_OFFERED, PLACE, PULL, REQUEST
 
 __all__ = ["Carrier"]
@@ -143,6 +143,44 @@ class Carrier:
         else:
             self._end(active, SourceLost(active.pull.manifest.holder, "sent a chunk of a wrong length"))
 
+    def only_chunk(self, manifest: Manifest) -> list[Buffer] | None:
+        """The frames of a transfer of one chunk that is offered here; see `Offers.only_chunk`."""
+        chunk = self._offers.only_chunk(manifest.transfer)
+        self.bytes_served += sum(len(frame) for frame in chunk or ())
+        return chunk
+
+    def read_carried(
+        self, manifest: Manifest, pool: SlabPool, socket: zmq.Socket[bytes], more: bool
+    ) -> Sequence[memoryview] | None:
+        """Take what a message brings along straight from `socket` into memory of `pool`; None if it is not all that
+        `manifest` names. Either way nothing of it is left on the socket."""
+        memory = _memory(pool, manifest)
+        slices, joined = slices_of(memory or ())
+        if memory is None or joined:
+            return self._fill_carried(memory, slices, receive_rest(socket, more))
+        if not _read_into(slices, socket, more):
+            return None
+        self.bytes_pulled += manifest.nbytes
+        return memory
+
+    def take_carried(
+        self, manifest: Manifest, pool: SlabPool, frames: Sequence[Buffer | zmq.Frame]
+    ) -> Sequence[memoryview] | None:
+        """The same when the frames are here already."""
+        memory = _memory(pool, manifest)
+        return self._fill_carried(memory, slices_of(memory or ())[0], frames)
+
+    def _fill_carried(
+        self,
+        memory: Sequence[memoryview] | None,
+        slices: Sequence[memoryview],
+        frames: Sequence[Buffer | zmq.Frame],
+    ) -> Sequence[memoryview] | None:
+        if memory is None or not _copy_into(slices, frames):
+            return None
+        self.bytes_pulled += sum(view.nbytes for view in slices)
+        return memory
+
     def resume(self, back: Collection[str] | None = None, patient_until: float = 0.0) -> None:
         """A connection is new, this cell's or those of `back`: ask again for what was on its way.
 
@@ -259,14 +297,10 @@ class Carrier:
         self, active: _ActivePull, first: int, slices: list[memoryview], frames: Sequence[Buffer | zmq.Frame]
     ) -> None:
         """Copy a chunk that came as whole frames to where it belongs."""
-        wanted = sum(view.nbytes for view in slices)
-        if sum(len(frame) for frame in frames) != wanted:
+        if _copy_into(slices, frames):
+            self._arrived(active, first, sum(view.nbytes for view in slices))
+        else:
             self._end(active, SourceLost(active.pull.manifest.holder, "sent a chunk of a wrong length"))
-            return
-        data = memoryview(b"".join(frame_bytes(frame) for frame in frames))
-        for view, end in zip(slices, itertools.accumulate(view.nbytes for view in slices), strict=True):
-            view[:] = data[end - view.nbytes : end]
-        self._arrived(active, first, wanted)
 
     def _arrived(self, active: _ActivePull, first: int, nbytes: int) -> None:
         active.pull.arrived(first, self._loop.clock())
@@ -287,6 +321,23 @@ class Carrier:
     def _end(self, active: _ActivePull, error: FlarebusError) -> None:
         if self._pulls.pop(active.pull.manifest.transfer, None) is not None:
             active.outcome.fail(error)
+
+
+def _memory(pool: SlabPool, manifest: Manifest) -> list[memoryview] | None:
+    try:
+        return pool.take(manifest.lengths)
+    except (OSError, MemoryError):  # whoever wants it pulls it, and hears what is wrong
+        return None
+
+
+def _copy_into(slices: Sequence[memoryview], frames: Sequence[Buffer | zmq.Frame]) -> bool:
+    """Copy what came as whole frames to where it belongs; whether it had the right length."""
+    if sum(len(frame) for frame in frames) != sum(view.nbytes for view in slices):
+        return False
+    data = memoryview(b"".join(frame_bytes(frame) for frame in frames))
+    for view, end in zip(slices, itertools.accumulate(view.nbytes for view in slices), strict=True):
+        view[:] = data[end - view.nbytes : end]
+    return True
 
 
 def _read_into(slices: Sequence[memoryview], socket: zmq.Socket[bytes], more: bool) -> bool:

@@ -26,13 +26,13 @@ from flarebus.dial import Dial
 from flarebus.errors import (
     Closed,
     DeadlineExceeded,
-    DecodeError,
     FlarebusError,
     LinkError,
     NoRoute,
     UsageError,
 )
 from flarebus.failure import decode_failure, encode_failure
+from flarebus.intake import Intake, Room
 from flarebus.link import SILENCE_S
 from flarebus.loop import Loop
 from flarebus.message import Buffer, Bundle, Kind, Manifest, Message
@@ -40,13 +40,15 @@ from flarebus.pending import Pending
 from flarebus.router import Router
 from flarebus.security.keys import DialKeys
 from flarebus.slab import SlabPool
-from flarebus.sockets import Head, frame_bytes, receive_rest
+from flarebus.sockets import Head, receive_rest
 from flarebus.transfer import LEASE_S
 from flarebus.wire import (
     CHUNK,
+    DONE,
     MAX_BODY_BYTES,
+    PULL,
     bundle,
-    decode_message,
+    carry,
     encode_message,
 )
 
@@ -109,6 +111,7 @@ class Cell:
         self._requests: Requests[Pending[Delivery]] = Requests(secrets.randbits(62))
         self._answered = Answered()
         self._carrier = Carrier(str(self.address), loop, self._send)
+        self._intake = Intake(str(self.address), self._carrier)
         self._lanes: dict[str, Lane] = {}
         self._handlers: dict[tuple[str, str], tuple[Callable[[Handler, Delivery], None], Handler]] = {}
         self._gone_watchers: list[Callable[[Sequence[str]], None]] = []
@@ -184,6 +187,7 @@ class Cell:
         payload: Payload | None = None,
         timeout: float | None = None,
         source: str = "",
+        bring: bool = False,
     ) -> Pending[Delivery]:
         """Ask `target` something; the pending delivery is its reply.
 
@@ -194,6 +198,8 @@ class Cell:
                 holder, and `target` pulls them from there.
             timeout: seconds until `DeadlineExceeded`; None leaves it to the target's life and to the link.
             source: an alias of this cell to speak as.
+            bring: send the arrays of `payload` along, if they are offered here and fit into one chunk: `target` has
+                granted credit for that. It pulls them all the same if it has no room for them then.
 
         Raises:
             EncodeError: `value` may not travel.
@@ -202,7 +208,8 @@ class Cell:
         pending: Pending[Delivery] = Pending()
         number = self._requests.new_id()
         message = self._message(target, Kind.REQUEST, number, channel, topic, value, payload, timeout, source)
-        self._loop.post(self._begin, number, target, pending, timeout, encode_message(message))
+        brought = message.manifest if bring else None
+        self._loop.post(self._begin, number, target, pending, timeout, encode_message(message), brought)
         if payload is None and message.manifest is not None:
             # The answer settles it: nobody needs the arrays after that.
             transfer = message.manifest.transfer
@@ -250,10 +257,23 @@ class Cell:
             self._lanes[channel] = Lane(f"flarebus {self.address} {channel}")
         self._handlers[channel, topic] = self._lanes[channel].put, handler
 
-    def inbox(self, channel: str, topic: str, put: Callable[[Delivery], None]) -> None:
+    def inbox(
+        self,
+        channel: str,
+        topic: str,
+        put: Callable[[Delivery], None],
+        room: Room | None = None,
+    ) -> None:
         """Hand messages of `topic` to `put`, with nothing pulled. It runs on the bus thread and must not block, as the
-        `put` of a queue; whoever takes them out answers with `reply` or `fail`."""
+        `put` of a queue; whoever takes them out answers with `reply` or `fail`.
+
+        Args:
+            room: asked, on the bus thread, where to put so many bytes of arrays that a message brings along; None:
+                nowhere, and they are pulled if they are wanted.
+        """
         self._handlers[channel, topic] = (lambda _, delivery: put(delivery)), _no_handler
+        if room is not None:
+            self._intake.set_room(channel, topic, room)
 
     def on_gone(self, watcher: Callable[[Sequence[str]], None]) -> None:
         """Call `watcher(names)` when cells go away; on the bus thread, so it must not block."""
@@ -378,21 +398,21 @@ class Cell:
         """Take a whole message."""
         if self._carrier.take(frames):
             return
-        try:
-            message = decode_message([frame_bytes(frame) for frame in frames])
-        except DecodeError as error:
-            log.warning("%s: message from %.80r dropped: %s", self.address, frame_bytes(frames[1]), error)
-            return
-        self._received += 1
-        self._handle(message)
+        self._take_in(self._intake.whole(frames))
 
     def read(self, head: Head, socket: zmq.Socket[bytes]) -> None:
         """Take a message whose rest is still on `socket`."""
         if head.header == CHUNK:
             self._carrier.read_chunk(head, socket)
+        elif head.header in (PULL, DONE):
+            self.accept((head.target, head.source, head.header, head.body, *receive_rest(socket, head.more)))
         else:
-            rest = receive_rest(socket, head.more)
-            self.accept((head.target, head.source, head.header, head.body, *rest))
+            self._take_in(self._intake.from_socket(head, socket))
+
+    def _take_in(self, came: tuple[Message, Sequence[Buffer] | None] | None) -> None:
+        if came is not None:
+            self._received += 1
+            self._handle(*came)
 
     def link_up(self) -> None:
         """The router knows us: ask again for whatever a lost connection may have swallowed."""
@@ -494,18 +514,26 @@ class Cell:
             return
 
     def _begin(
-        self, number: int, target: str, pending: Pending[Delivery], timeout: float | None, frames: Sequence[Buffer]
+        self,
+        number: int,
+        target: str,
+        pending: Pending[Delivery],
+        timeout: float | None,
+        frames: Sequence[Buffer],
+        brought: Manifest | None,
     ) -> None:
         deadline = None if timeout is None else self._loop.clock() + timeout
         self._requests.begin(number, target, pending, deadline, frames)
         self._loop.wake_by(deadline)
+        # Sent again, it goes without: who is asked then may have another one's credit, or the arrays may have changed.
+        chunk = None if brought is None else self._carrier.only_chunk(brought)
         try:
-            self._send(frames)
+            self._send(frames if chunk is None else carry(frames, chunk))
         except LinkError as error:
             self._requests.fail(number)
             pending.fail(error)
 
-    def _handle(self, message: Message) -> None:
+    def _handle(self, message: Message, buffers: Sequence[Buffer] | None = None) -> None:
         if message.kind in (Kind.REPLY, Kind.ERROR):
             self._handle_answer(message)
             return
@@ -516,7 +544,7 @@ class Cell:
                     self._send_quietly(before)
                 return
         entry = self._handlers.get((message.channel, message.topic))
-        delivery = Delivery(self, message)
+        delivery = Delivery(self, message, buffers)
         if entry is None:
             delivery.fail(NoRoute(message.target, f"no handler for {message.channel}/{message.topic}"))
             return

@@ -29,10 +29,13 @@ class Delivery:
 
     __slots__ = ("_buffers", "_cell", "message")
 
-    def __init__(self, cell: Cell, message: Message) -> None:
+    def __init__(self, cell: Cell, message: Message, buffers: Sequence[Buffer] | None = None) -> None:
         self.message = message
         self._cell = cell
         self._buffers: Pending[Sequence[Buffer]] | None = None
+        if buffers is not None:  # they came along
+            self._buffers = Pending()
+            self._buffers.set(buffers)
 
     @property
     def source(self) -> str:
@@ -44,6 +47,13 @@ class Delivery:
         """Bytes of all buffers, here or still at their holder."""
         carried = self.message.manifest or self.message.bundle
         return 0 if carried is None else sum(carried.lengths)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether all buffers are here, and nobody's death can take them away."""
+        if self._buffers is None:
+            return self.message.manifest is None
+        return self._buffers.is_done and self._buffers.error() is None
 
     def pull(self, pool: SlabPool | None = None) -> Pending[Sequence[Buffer]]:
         """Have the buffers brought here, into slabs of `pool`; the same pending each time it is called.

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Sequence
 from flarebus.errors import UsageError
 from flarebus.message import Buffer, Manifest
 
-__all__ = ["CHUNK_BYTES", "WINDOW_CHUNKS", "Offer", "Offers", "Pull", "Slices"]
+__all__ = ["CHUNK_BYTES", "WINDOW_CHUNKS", "Offer", "Offers", "Pull", "Slices", "slices_of"]
 
 # Measured on a 2-core machine: frames of 1 to 4 MiB move fastest; smaller ones keep control messages from waiting.
 CHUNK_BYTES = 1024 * 1024
@@ -150,6 +150,14 @@ class Offers:
             for begin in range(first, last, CHUNK_BYTES)
         ]
 
+    def only_chunk(self, transfer: bytes) -> list[Buffer] | None:
+        """The frames of a transfer of one chunk, to go with the message that announces it; None if it is bigger, has
+        no bytes, or is not offered."""
+        offer = self._offers.get(transfer)
+        if offer is None or not 0 < offer.slices.nbytes <= CHUNK_BYTES:
+            return None
+        return _frames(offer.slices.between(0, offer.slices.nbytes))
+
     def done(self, receiver: str, transfer: bytes) -> None:
         """`receiver` has all it wants; with the last one a leased offer is over."""
         self._leave(transfer, {receiver})
@@ -180,6 +188,13 @@ class Offers:
     def next_event(self) -> float | None:
         """When `tick` has something to do next, or None."""
         return min((offer.expires for offer in self._offers.values() if offer.expires is not None), default=None)
+
+
+def slices_of(memory: Sequence[Buffer]) -> tuple[list[memoryview], bool]:
+    """Where the bytes of a transfer of one chunk belong, and whether they come joined in one frame, as `Pull.place`."""
+    whole = Slices(memory)
+    slices = whole.between(0, whole.nbytes)
+    return slices, len(slices) > SEPARATE_SLICES
 
 
 def _frames(slices: list[memoryview]) -> list[Buffer]:

@@ -1,6 +1,7 @@
 """The wire: a message as frames, and frames as a message. Pure; nothing is allocated from a number that came in.
 
     [target][source][header][body][bundle]?          an application message
+    [target][source][header][body][bytes]*           one that brings along what its manifest names
     [target][source][PULL  ][request]                please send these bytes of a transfer
     [target][source][CHUNK ][place][bytes]*          here they are
     [target][source][DONE  ][transfer]               I have all I want; you may forget me
@@ -9,7 +10,9 @@
 The three transfer headers are constants, so that the busiest frames are recognised by one comparison and never parsed.
 Header, positionally: version, kind, id, answers, channel, topic, ttl_s, [transfer, holder, lengths] or nil, lengths
 of the buffers in the bundle or nil. Lengths are a letter, I or Q, and that many unsigned integers of 4 or 8 bytes. A
-bundle is those buffers end to end, each padded with zeros to a multiple of 64 bytes.
+bundle is those buffers end to end, each padded with zeros to a multiple of 64 bytes. A kind with `CARRIES` added says
+that all bytes of the manifest follow, in the frames of a chunk: only to whoever granted credit for them, and good for
+nothing more than sparing him the pull.
 """
 
 from __future__ import annotations
@@ -24,9 +27,11 @@ from flarebus.errors import DecodeError, UsageError
 from flarebus.message import Buffer, Bundle, Kind, Manifest, Message
 
 __all__ = [
+    "CARRIES",
     "CHUNK",
     "DONE",
     "MAX_BODY_BYTES",
+    "MAX_CARRIED_BYTES",
     "MAX_FRAME_BYTES",
     "MAX_HEADER_BYTES",
     "MAX_INLINE_BYTES",
@@ -37,8 +42,10 @@ __all__ = [
     "TRANSFER_ID_BYTES",
     "VERSION",
     "bundle",
+    "carry",
     "decode_message",
     "encode_message",
+    "is_carrying",
 ]
 
 VERSION = 1
@@ -49,6 +56,8 @@ MAX_BODY_BYTES = 1024 * 1024
 MAX_INLINE_BYTES = 256 * 1024
 # The largest frame anybody may send: a chunk with room to spare. Sockets refuse more before allocating it.
 MAX_FRAME_BYTES = 8 * 1024 * 1024
+# The most that a message brings along beside a bundle: one chunk, so that control messages never wait for more.
+MAX_CARRIED_BYTES = 1024 * 1024
 # The longest list in a header. Lists are allocated by what they claim to hold, also a thousand deep in each other, so
 # lengths are not a list: 64 KiB of claims would cost 70 MB.
 MAX_FIELDS = 9
@@ -58,6 +67,9 @@ MAX_ADDRESS_BYTES = 255
 # Channel and topic are words of a protocol, never data.
 MAX_WORD = 64
 MAX_TRANSFER_BYTES = 1 << 48
+
+# Added to the kind.
+CARRIES = 16
 
 PULL = b"\xf1"
 CHUNK = b"\xf2"
@@ -71,6 +83,8 @@ PLACE = struct.Struct("!16sQ")
 NOT_OFFERED = (1 << 64) - 1
 """First byte of a CHUNK that says: I do not hold that, or not for you."""
 
+# In the bytes of a header: a list of 9, version, kind; each of these takes one byte.
+_LIST_OF_FIELDS, _KIND_AT = 0x90 + MAX_FIELDS, 2
 _PADDING = [bytes(-n % ALIGNMENT) for n in range(ALIGNMENT)]
 _WIDTHS = {"I": 4, "Q": 8}
 _KINDS = {int(kind): kind for kind in Kind}
@@ -128,6 +142,23 @@ def encode_message(message: Message) -> list[Buffer]:
     return frames
 
 
+def carry(frames: Sequence[Buffer], chunk: Sequence[Buffer]) -> list[Buffer]:
+    """The message in `frames`, bringing along the bytes of its manifest; `frames` are left as they are.
+
+    Args:
+        frames: from `encode_message`, of a message with a manifest of at most `MAX_CARRIED_BYTES`.
+        chunk: the frames of the only chunk of that transfer.
+    """
+    header = bytearray(frames[2])
+    header[_KIND_AT] |= CARRIES
+    return [*frames[:2], bytes(header), *frames[3:], *chunk]
+
+
+def is_carrying(header: bytes) -> bool:
+    """Whether bytes of the manifest follow the body, as far as can be seen without decoding."""
+    return len(header) > _KIND_AT and header[0] == _LIST_OF_FIELDS and header[_KIND_AT] & ~0xF == CARRIES
+
+
 def decode_message(frames: Sequence[Buffer], is_whole: bool = True) -> Message:
     """The message in `frames`; its bundle is the last frame itself.
 
@@ -135,9 +166,11 @@ def decode_message(frames: Sequence[Buffer], is_whole: bool = True) -> Message:
         is_whole: False: the first four frames are all there is; the message is returned without its bundle.
 
     Raises:
-        DecodeError: anything is not as `encode_message` makes it.
+        DecodeError: anything is not as `encode_message` makes it. What a message carries beside a bundle is not looked
+            at.
     """
-    if not 4 <= len(frames) <= 5:
+    carries = len(frames) > 3 and is_carrying(bytes(frames[2]))
+    if not 4 <= len(frames) <= 5 and not (carries and len(frames) > 5):
         raise DecodeError(f"message of {len(frames)} frames: 4 or 5 belong to it")
     target, source, header, body = (bytes(frame) for frame in frames[:4])
     if (
@@ -150,7 +183,8 @@ def decode_message(frames: Sequence[Buffer], is_whole: bool = True) -> Message:
         fields = msgpack.unpackb(header, use_list=False, max_array_len=MAX_FIELDS)
         if not is_whole:
             fields = (*fields[:-1], None)
-        return _message(target.decode("ascii"), source.decode("ascii"), fields, body, frames[4] if frames[4:] else None)
+        data = frames[4] if frames[4:] and not carries else None
+        return _message(target.decode("ascii"), source.decode("ascii"), fields, body, data)
     except DecodeError:
         raise
     except Exception as error:  # msgpack and struct raise a dozen kinds for what is one thing: not a header
@@ -174,13 +208,18 @@ def _message(target: str, source: str, fields: Any, body: bytes, data: Buffer | 
         and len(topic) <= MAX_WORD
     ):
         raise DecodeError("header field of a wrong type")
-    kind = _KINDS.get(kind)
+    carries = type(kind) is int and kind & CARRIES
+    kind = _KINDS.get(kind - carries)
     if kind is None:
         raise DecodeError("message of an unknown kind")
+    if carries and manifest is None:
+        raise DecodeError("a message carries the bytes of no manifest")
     if manifest is not None:
         manifest = _manifest(manifest)
         if data is not None:
             raise DecodeError("a message carries its buffers or a manifest of them, not both")
+        if carries and manifest.nbytes > MAX_CARRIED_BYTES:
+            raise DecodeError(f"{manifest.nbytes} bytes brought along; at most {MAX_CARRIED_BYTES} are read")
     carried = _bundle(lengths, data)
     return Message(target, source, kind, number, answers, channel, topic, ttl_s, manifest, body, carried)
 

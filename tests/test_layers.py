@@ -30,6 +30,7 @@ LAYERS: list[tuple[str, list[str]]] = [
             "loop",
             "dial",
             "carrier",
+            "intake",
             "router",
             "delivery",
             "cell",

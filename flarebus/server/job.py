@@ -96,12 +96,14 @@ class ServerJob:
         self._open: OpenTask | None = None
         self._task_number = 0
         self._attempts: dict[str, int] = {}
+        # What hosts take along with a task, in bytes.
+        self._takes: dict[str, int] = {}
         self._results: weakref.ref[Generator[Result, None, None]] | None = None
         self._is_over = False
         self._listener_complaint = logging.ERROR
         self._posting = threading.Lock()
         cell.inbox("task", "join", lambda delivery: self._post(lambda: self._join(delivery)))
-        cell.inbox("task", "result", self._result_came)
+        cell.inbox("task", "result", self._result_came, room=self._room)
         cell.inbox("task", "results", self._results_came)
         cell.inbox("metric", "records", self._fetch_records)
         cell.on_gone(lambda names: self._post(lambda: self._gone(names)))
@@ -314,8 +316,11 @@ class ServerJob:
                 "total_rounds": open_task.task.total_rounds,
                 "sites": its_sites,
                 "model": open_task.payload.body,
+                # Bytes of results that it may send along with their messages, before they are answered.
+                "credit": STAGED_BYTES // len(self.roster.hosts),
             }
-            sent = self._cell.request(host, "task", "assign", value, payload=open_task.payload)
+            bring = open_task.payload.nbytes <= self._takes.get(host, 0)
+            sent = self._cell.request(host, "task", "assign", value, payload=open_task.payload, bring=bring)
             sent.on_done(partial(self._note_assigned, host, open_task))
 
     def _note_assigned(self, host: str, open_task: OpenTask, done: Pending[Delivery]) -> None:
@@ -332,8 +337,10 @@ class ServerJob:
     def _join(self, delivery: Delivery) -> None:
         try:
             fields = delivery.plain()
-            announced = [named(site) for site in fields["sites"]]
+            announced, takes = [named(site) for site in fields["sites"]], fields.get("takes", 0)
             external = [named(site) for site in fields.get("external", ())]
+            if type(takes) is not int:
+                raise TypeError("takes a number of bytes that is none")
         except (DecodeError, KeyError, TypeError) as problem:
             delivery.fail(DecodeError(f"the sites that join cannot be read: {problem}"))
             return
@@ -344,6 +351,7 @@ class ServerJob:
             return
         self._forget_arrived(delivery.source)
         self.roster.join(delivery.source, sites, [site for site in external if site in sites])
+        self._takes[delivery.source] = takes
         delivery.reply({"job_id": self.job_id})
         if self._open is not None:
             waiting = [site for site in sites if site in self._open.tally.open and site not in self._open.arrived]
@@ -351,11 +359,15 @@ class ServerJob:
 
     def _result_came(self, delivery: Delivery) -> None:
         # On the bus thread. A small result is fetched at once: that saves waking the controller's for it twice.
-        open_task = self._open
-        room = STAGED_BYTES - self._pool.leased_bytes
-        if open_task is not None and 0 < delivery.nbytes <= min(room, _most_bytes(open_task)):
+        if delivery.nbytes > 0 and not delivery.is_here and self._room(delivery.nbytes) is not None:
             delivery.pull(self._pool)
         self._post(lambda: self._result(delivery))
+
+    def _room(self, nbytes: int) -> SlabPool | None:
+        """Where to put a result that comes now; None: nowhere yet, or never."""
+        open_task = self._open
+        room = STAGED_BYTES - self._pool.leased_bytes
+        return self._pool if open_task is not None and nbytes <= min(room, _most_bytes(open_task)) else None
 
     def _result(self, delivery: Delivery) -> None:
         try:
@@ -426,7 +438,7 @@ class ServerJob:
                 arrived.answer(reason)
                 continue
             # One is always under way, whatever the controller keeps: a round must not wait for its own results.
-            must = not open_task.is_staging or open_task.is_awaited(arrived)
+            must = arrived.delivery.is_here or not open_task.is_staging or open_task.is_awaited(arrived)
             if not must and self._pool.leased_bytes + nbytes > max(STAGED_RESULTS * nbytes, STAGED_BYTES):
                 return
             open_task.stage(arrived, self._pool)

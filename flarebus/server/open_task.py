@@ -74,7 +74,7 @@ class Arrived:
     @property
     def is_whole(self) -> bool:
         """Whether all of it is here, and nobody's death can take it away."""
-        return self.pulled is not None and self.pulled.is_done and self.pulled.error() is None
+        return self.delivery.is_here
 
     def answer(self, refused: str | None) -> None:
         """Tell the site what became of it: if its message is its alone, its `send` may wait for that."""

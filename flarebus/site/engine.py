@@ -179,18 +179,30 @@ class SiteEngine:
             self._open = None
             return None
         fields = {"site": self.site_name, "number": number, "error": None, "model": payload.body}
+        credit = self._results.credit
+        bring = credit.take(payload.nbytes)
+
+        def settle(wait: bool) -> None:
+            if bring:
+                credit.give_back(payload.nbytes)
+            self._cell.withdraw(payload, wait)
+
         try:
-            sent = self._cell.request(self._server, "task", "result", fields, payload=payload)
+            sent = self._cell.request(self._server, "task", "result", fields, payload=payload, bring=bring)
         except BaseException:
-            self._cell.withdraw(payload)
+            settle(wait=True)
             raise
 
         def wait() -> None:
             try:
-                self._note_reply(sent.result())
-                self._open = None
-            finally:
-                self._cell.withdraw(payload)
+                reply = sent.result()
+            except BaseException:
+                settle(wait=True)
+                raise
+            # Who has answered has all of it: nobody pulls any more, and there is nothing to wait for.
+            settle(wait=False)
+            self._note_reply(reply)
+            self._open = None
 
         return wait
 

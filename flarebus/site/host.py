@@ -34,6 +34,8 @@ from flarebus.site.output import SiteLogs
 from flarebus.site.script import CodeCache, Outcome, SiteScript
 from flarebus.site.trainer import Ground
 from flarebus.site.turn import Turnstile
+from flarebus.slab import SlabPool
+from flarebus.wire import MAX_CARRIED_BYTES
 from flarebus.workflow.filter import FilterChain
 
 __all__ = ["HostedSite", "SiteHost"]
@@ -83,6 +85,7 @@ class SiteHost:
         self._job_id = job_id
         self._metrics = MetricOutbox(self._send_records)
         self._results = ResultOutbox(cell, server)
+        self._models = SlabPool()
         self._logs = SiteLogs(log_config, console=console)
         self._over = threading.Event()
         self._turnstile = Turnstile(on_turn)
@@ -98,7 +101,7 @@ class SiteHost:
                 self._add_external(site, ground)
             else:
                 self._add(site)
-        cell.inbox("task", "assign", self._assign)
+        cell.inbox("task", "assign", self._assign, room=self._room)
         cell.on("task", "cancel", self._cancel)
         cell.on("task", "refused", self._refused)
         cell.on("task", "end", lambda delivery: self.end(delivery.value()["reason"]))
@@ -171,8 +174,13 @@ class SiteHost:
             try:
                 for external in self._externals.values():
                     external.start()
-                sites = {"sites": sorted([*self._engines, *self._externals]), "external": sorted(self._externals)}
-                self._cell.request(self._server, "task", "join", sites).result()
+                fields = {
+                    "sites": sorted([*self._engines, *self._externals]),
+                    "external": sorted(self._externals),
+                    # Trainers fetch their models themselves: what comes along would only lie here.
+                    "takes": MAX_CARRIED_BYTES if self._engines else 0,
+                }
+                self._cell.request(self._server, "task", "join", fields).result()
                 self._over.wait()
             finally:
                 self.end("the host was stopped")
@@ -187,6 +195,10 @@ class SiteHost:
             external.end(reason)
         self._over.set()
 
+    def _room(self, nbytes: int) -> SlabPool | None:
+        # A task at a time, and no more of it than was announced: there is always room.
+        return self._models if nbytes <= MAX_CARRIED_BYTES else None
+
     def _assign(self, delivery: Delivery) -> None:
         # On the bus thread, so that the model is on its way at once and the scripts are woken by its last byte.
         try:
@@ -194,12 +206,13 @@ class SiteHost:
         except DecodeError as error:
             delivery.fail(error)
             return
+        self._results.credit.grant(task.get("credit", 0))
         for site in task["sites"]:
             if site in self._externals:
                 fields = {"name": task["task"], "round": task["round"], "total_rounds": task["total_rounds"]}
                 self._externals[site].assign(Work(task["number"], fields, task["model"], delivery))
         if any(site in self._engines for site in task["sites"]):
-            delivery.pull().on_done(lambda buffers: self._hand_out(delivery, task, buffers))
+            delivery.pull(self._models).on_done(lambda buffers: self._hand_out(delivery, task, buffers))
         else:
             delivery.reply()
 

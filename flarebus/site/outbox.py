@@ -17,9 +17,9 @@ from flarebus.delivery import Delivery
 from flarebus.errors import FlarebusError
 from flarebus.message import Bundle
 from flarebus.pending import Pending
-from flarebus.wire import MAX_INLINE_BYTES
+from flarebus.wire import MAX_CARRIED_BYTES, MAX_INLINE_BYTES
 
-__all__ = ["ResultOutbox"]
+__all__ = ["Credit", "ResultOutbox"]
 
 # Bodies of one message together, and of one result: with room to spare in what a message may hold.
 MOST_BODY_BYTES = 256 * 1024
@@ -34,6 +34,34 @@ class _Result(NamedTuple):
     note: Callable[[str], None]
 
 
+class Credit:
+    """Bytes of bigger results that the server takes along with their messages before it has answered them.
+
+    Any thread may call. Without credit a result is announced, and pulled when there is room for it.
+    """
+
+    def __init__(self) -> None:
+        self._granted = self._taken = 0
+        self._lock = threading.Lock()
+
+    def grant(self, nbytes: int) -> None:
+        """The server grants so much in all, from now on."""
+        self._granted = nbytes
+
+    def take(self, nbytes: int) -> bool:
+        """Take credit for a result; False if it is too big to go with a message, or so much is not left."""
+        with self._lock:
+            if nbytes > MAX_CARRIED_BYTES or self._taken + nbytes > self._granted:
+                return False
+            self._taken += nbytes
+            return True
+
+    def give_back(self, nbytes: int) -> None:
+        """It was answered."""
+        with self._lock:
+            self._taken -= nbytes
+
+
 class ResultOutbox:
     """The outbox of one host. Any thread may call.
 
@@ -43,6 +71,8 @@ class ResultOutbox:
     """
 
     def __init__(self, cell: Cell, server: str) -> None:
+        self.credit = Credit()
+        """For results that this does not take."""
         self._cell = cell
         self._server = server
         self._waiting: deque[_Result] = deque()

@@ -15,11 +15,14 @@ from hypothesis import strategies as st
 
 from flarebus.errors import DecodeError, UsageError
 from flarebus.message import Buffer, Bundle, Kind, Manifest, Message
+from flarebus.transfer import CHUNK_BYTES
 from flarebus.wire import (
     ALIGNMENT,
+    CARRIES,
     CHUNK,
     DONE,
     MAX_BODY_BYTES,
+    MAX_CARRIED_BYTES,
     MAX_FRAME_BYTES,
     MAX_HEADER_BYTES,
     MAX_INLINE_BYTES,
@@ -30,8 +33,10 @@ from flarebus.wire import (
     TRANSFER_ID_BYTES,
     VERSION,
     bundle,
+    carry,
     decode_message,
     encode_message,
+    is_carrying,
 )
 from tests.core.halves import thorough
 
@@ -144,6 +149,51 @@ def test_every_message_comes_back(message: Message) -> None:
 
     assert back == message
     assert is_sound(back)
+
+
+@given(messages(), st.lists(st.binary(max_size=50), max_size=4))
+@thorough(100)
+def test_what_is_brought_along_changes_nothing_else(message: Message, chunk: list[bytes]) -> None:
+    """A message that brings the bytes of its manifest is recognised by its header, and is otherwise the same."""
+    frames = frames_of(message)
+    assert not is_carrying(frames[2])
+    if message.manifest is None:
+        return
+    carrying = carry(frames, chunk)
+
+    assert is_carrying(bytes(carrying[2]))
+    assert carrying[4:] == chunk
+    assert frames == frames_of(message)
+    if message.manifest.nbytes > MAX_CARRIED_BYTES:
+        with pytest.raises(DecodeError, match="brought along"):
+            decode_message(carrying)
+    else:
+        assert decode_message(carrying) == decode_message(carrying[:4]) == message
+
+
+@given(st.binary(max_size=12))
+@thorough(200)
+def test_any_header_may_be_asked_whether_it_carries(header: bytes) -> None:
+    """The question is answered without decoding, whatever came; what cannot be decoded is then refused."""
+    if is_carrying(header):
+        with pytest.raises(DecodeError):
+            decode_message([b"a", b"b", header, b"", b"x", b"y"])
+
+
+def test_nothing_is_brought_along_without_a_manifest() -> None:
+    """Bytes that no manifest names belong to nothing; neither does a kind beyond those that there are."""
+    with pytest.raises(DecodeError, match="no manifest"):
+        decode_message(carry(frames_of(PLAIN._replace(bundle=None)), [b"x"]))
+    with pytest.raises(DecodeError):
+        decode_message(carry(frames_of(PLAIN), []))
+    for kind in (CARRIES, CARRIES + 5, 2 * CARRIES + 1, 3 * CARRIES + 1):
+        with pytest.raises(DecodeError, match="kind"):
+            decode_message(with_field(OFFER, 1, kind))
+
+
+def test_what_may_be_brought_along_is_one_chunk() -> None:
+    """Holder and receiver have the same idea of how much that is, and it is no more than a frame may have."""
+    assert MAX_CARRIED_BYTES == CHUNK_BYTES < MAX_FRAME_BYTES
 
 
 def test_a_bundle_is_not_copied() -> None:

@@ -112,12 +112,12 @@ class PlayedHost:
         """The next assignment."""
         return self.work.get(timeout=LIMIT_S)
 
-    def send(self, site: str, number: int, result: FLModel | str, size: int = 0) -> Pending[Delivery]:
-        """Answer task `number` for `site` with a model, or with the words of an error."""
+    def send(self, site: str, number: int, result: FLModel | str, bring: bool = False) -> Pending[Delivery]:
+        """Answer task `number` for `site` with a model, whose arrays may ride along, or with the words of an error."""
         payload = self.cell.share("" if isinstance(result, str) else result, (SERVER,))
         error = result if isinstance(result, str) else None
         fields = {"site": site, "number": number, "error": error, "model": payload.body}
-        return self.cell.request(SERVER, "task", "result", fields, payload=payload)
+        return self.cell.request(SERVER, "task", "result", fields, payload=payload, bring=bring)
 
     def send_together(self, number: int, results: Mapping[str, FLModel]) -> Pending[Delivery]:
         """Answer task `number` for several sites in one message, as a host does with small results."""

@@ -19,6 +19,7 @@ from flarebus.errors import JobAborted, JobFailed, QuorumNotReached, RemoteError
 from flarebus.model import FLModel
 from flarebus.server import job as server_job
 from flarebus.server.pool import HostEnd
+from flarebus.slab import SlabPool
 from flarebus.workflow.aggregator import ModelAggregator
 from flarebus.workflow.controller import Result
 from tests.server.played import BIG, LIMIT_S, Bus, MemoryArchive, PlayedHost, task, told, update
@@ -333,6 +334,7 @@ def test_nobody_answers_for_sites_of_another_host(bus: Bus, host: PlayedHost) ->
         ("join", None),
         ("join", {"sites": 3}),
         ("join", {}),
+        ("join", {"sites": [], "takes": "much"}),
         ("result", None),
         ("result", {}),
         ("result", {"site": ["a"], "number": 1, "error": None, "model": b""}),
@@ -533,6 +535,74 @@ def test_results_are_fetched_when_there_is_room(
     assert bus.archive.params["w"].tolist() == [3.5] * BIG
 
 
+def test_results_ride_along_as_far_as_there_is_room(
+    bus: Bus, host: PlayedHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes along is taken while the memory for results has room, and pulled later if it has not."""
+    monkeypatch.setattr(server_job, "STAGED_BYTES", 4 * BIG)
+    carrier, pulled = bus.cell._carrier, []
+    pull = carrier.pull
+    monkeypatch.setattr(carrier, "pull", lambda *args: pulled.append(args[0].nbytes) or pull(*args))
+    found = {}
+
+    def run() -> None:
+        for result in bus.job.broadcast(task(size=BIG)):
+            assert result.model.params is not None
+            found[result.site] = float(result.model.params["w"].sum())
+            bus.events.append((result.site, {"leased": bus.job._pool.leased_bytes}))
+
+    running = bus.start(run)
+    number = host.take().number
+    busy = bus.job._pool.take([4 * BIG])
+    sent = [host.send(site, number, update(value, BIG), bring=True) for value, site in enumerate("ab", 1)]
+    assert all(told(each) == (True, "") for each in sent)
+    assert pulled == [4 * BIG] * 2
+    del busy
+    assert told(host.send("c", number, update(3, BIG), bring=True)) == (True, "")
+    running.result(LIMIT_S)
+
+    assert pulled == [4 * BIG] * 2
+    assert found == {site: float(value * BIG) for value, site in enumerate("abc", 1)}
+
+
+def test_a_result_that_rode_along_outlives_its_host(bus: Bus, host: PlayedHost) -> None:
+    """It is here whole, though nobody has used it yet: its site need not train again."""
+    running = bus.collect(in_order=True)
+    number = host.take().number
+    host.send("b", number, update(1, BIG), bring=True)
+    host.settled()
+    host.die()
+    again = bus.back("worker-1", *SITES)
+
+    assert again.take().sites == ["a", "c"]
+    for site in "ac":
+        again.answer(site, number, update(1))
+    assert running.result(LIMIT_S) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("takes", [0, 4 * BIG - 1, 4 * BIG])
+def test_a_model_rides_along_to_hosts_that_take_it(bus: Bus, takes: int) -> None:
+    """A host says when it joins how much it takes with a task, and is told how much the server takes with results."""
+    host = bus.host("worker-1", "z")
+    pool, asked, credits = SlabPool(), [], queue.SimpleQueue()
+    host.cell.inbox(
+        "task",
+        "assign",
+        lambda delivery: credits.put((delivery.plain()["credit"], delivery.is_here)),
+        room=lambda nbytes: asked.append(nbytes) or pool,
+    )
+    heard = bus.start(lambda: bus.job.wait_for_sites(["a"], LIMIT_S))
+    host.ask("join", {"sites": ["a"], "takes": takes}).result(LIMIT_S)
+    heard.result(LIMIT_S)
+    running = bus.start(lambda: [result.site for result in bus.job.broadcast(task(size=BIG), sites=["a"])])
+
+    assert credits.get(timeout=LIMIT_S) == (server_job.STAGED_BYTES, takes == 4 * BIG)
+    assert asked == ([4 * BIG] if takes == 4 * BIG else [])
+    host.answer("a", 1, update(1, BIG))
+    assert running.result(LIMIT_S) == ["a"]
+    host.die()
+
+
 # --- hosts that die
 
 
@@ -590,6 +660,7 @@ def test_a_host_that_joins_again_is_another_one(bus: Bus, host: PlayedHost) -> N
     """A join tells that what the host offered before is lost, even if nobody saw it die; what is here is not."""
     running = bus.collect(in_order=True)
     number = host.take().number
+    host.mute()
     host.send("b", number, update(1, BIG))
     small = host.send("c", number, update(1))
     host.settled()

@@ -164,6 +164,25 @@ def test_each_site_trains_on_its_own_copy_of_one_model(hosted: Hosted, gate: Gat
     assert hosted.cell.statistics().bytes_pulled == pulled
 
 
+def test_a_round_of_small_models_pulls_nothing(hosted: Hosted, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model and results of up to a chunk ride along with their messages, by the credit that both ends grant."""
+    host = hosted.start("a", "b", "c")
+    pulls: list[int] = []
+    for cell in (hosted.cell, hosted.bus.cell):
+        monkeypatch.setattr(cell._carrier, "pull", lambda manifest, *_: pulls.append(manifest.nbytes))
+    for number in range(3):
+        given = task(number, BIG)
+        running = hosted.bus.start(lambda given=given: [result.site for result in hosted.bus.job.broadcast(given)])
+        assert sorted(running.result(LIMIT_S)) == ["a", "b", "c"]
+
+    assert pulls == []
+    assert hosted.cell.statistics().bytes_pulled == 3 * 4 * BIG
+    assert hosted.bus.cell.statistics().bytes_pulled == 9 * 4 * BIG
+    hosted.end()
+    assert hosted.cell.statistics().offers_held == 0
+    assert host._results.credit._taken == 0
+
+
 def test_scripts_come_to_their_end_with_the_job(hosted: Hosted) -> None:
     """When the job ends every script leaves its loop and goes on to its last line; then the host returns."""
     hosted.start("a", "b")

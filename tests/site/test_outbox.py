@@ -16,7 +16,8 @@ from flarebus.loop import Loop
 from flarebus.model import FLModel
 from flarebus.router import Router
 from flarebus.site import outbox
-from flarebus.site.outbox import ResultOutbox
+from flarebus.site.outbox import Credit, ResultOutbox
+from flarebus.wire import MAX_CARRIED_BYTES
 
 LIMIT_S = 30.0
 
@@ -127,3 +128,18 @@ def test_nothing_is_sent_after_the_end(ends: Ends) -> None:
     assert sites(ends.batch()) == ["a"]
 
     assert ends.notes == ["result not delivered: host was closed"] * 3
+
+
+def test_credit_is_what_was_granted_and_not_yet_given_back() -> None:
+    """Without a grant there is none; a result takes all of its bytes or nothing; one chunk is the most."""
+    credit = Credit()
+    assert not credit.take(1)
+    credit.grant(3 * MAX_CARRIED_BYTES)
+    assert not credit.take(MAX_CARRIED_BYTES + 1)
+    assert [credit.take(MAX_CARRIED_BYTES) for _ in range(4)] == [True, True, True, False]
+    credit.give_back(MAX_CARRIED_BYTES)
+    assert [credit.take(MAX_CARRIED_BYTES - 1), credit.take(2), credit.take(1)] == [True, False, True]
+
+    credit.grant(0)
+    credit.give_back(MAX_CARRIED_BYTES)
+    assert not credit.take(1)
