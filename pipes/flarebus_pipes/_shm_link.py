@@ -226,6 +226,8 @@ class ShmLink:
             with self._changed:
                 self._finish(f"the socket in {self._place.path} failed: {error}")
         finally:
+            with self._changed:
+                self._finish("the thread of this pipe has failed")  # unless it has another reason
             self._disconnect("")
             for each in (self._listener, self._inotify, self._woken, self._waker):
                 if each is not None:
@@ -263,7 +265,8 @@ class ShmLink:
             self._exchange(connection, is_dead=self._peer_process in ready)
         if self._listener is not None and self._listener.fileno() in ready:
             self._accept(self._listener)
-        elif self._listener is None and self._connection is None:
+        elif self._listener is None and connection is None:
+            # Not in the turn that lost one: a process that is just dying may still be listening.
             self._connect()
 
     def _exchange(self, connection: FrameSocket, is_dead: bool) -> None:
@@ -295,7 +298,9 @@ class ShmLink:
             while self._outbox:
                 frame = self._outbox.popleft()
                 if frame.kind == MESSAGE:
-                    sent = self._sent[frame.number]
+                    sent = self._sent.get(frame.number)
+                    if sent is None:  # its sender was interrupted
+                        continue
                     handle = self._pool.hand_over(sent.segment) if sent.segment else -1
                     if handle is None:  # a peer that is gone took it along
                         sent.outcome = -1

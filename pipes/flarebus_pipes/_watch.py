@@ -83,7 +83,12 @@ class Watch:
             if self._end:
                 raise BrokenPipeError(self._end)
             lost = self._lost
-            found = look()
+            try:
+                found = look()
+            except BrokenPipeError as error:
+                if self._end:  # closed meanwhile: that is why
+                    raise BrokenPipeError(self._end) from error
+                raise
             if found is not None:
                 return found
             if lost:
@@ -131,6 +136,7 @@ class Watch:
         except OSError as error:
             self._finish(f"the folder {self._folder.path} cannot be watched: {error}")
         finally:
+            self._finish("the thread of this pipe has failed")  # unless it has another reason
             for each in (self._woken, self._wake):
                 each.close()
             if self._inotify is not None:

@@ -190,16 +190,21 @@ class _End:
         try:
             is_read = self.watch.wait_for(lambda: self.folder.is_read(name) or None, deadline)
         except BrokenPipeError:
-            if self.folder.withdraw(name, self._owner.nonce):
+            if self._withdraw(name):
                 raise
             self.folder.check()  # when everything is gone, nobody can know
-            if self.watch.is_over:
-                raise
             is_read = True
-        if is_read or not self.folder.withdraw(name, self._owner.nonce):
+        if is_read or not self._withdraw(name):
             self.watch.note_sign_of_life()
             return True
         return False
+
+    def _withdraw(self, name: str) -> bool:
+        """Take a message back; False if the peer has it. Whoever closes this end has taken it back already."""
+        with self._writing:
+            if self.watch.is_over:
+                self.watch.check()
+            return self.folder.withdraw(name, self._owner.nonce)
 
     def _put(self, message: Message, views: list[memoryview]) -> str:
         is_big = room_for([view.nbytes for view in views]) > MAX_INLINE_BYTES
@@ -262,10 +267,10 @@ class _End:
             return
         self.is_closed = True
         self.watch.stop("this FilePipe was closed")
-        # Whoever is writing stops now; what it made then goes too.
-        is_quiet = self._writing.acquire(timeout=_STOP_S)
+        # Whoever is writing or reading stops now; what it made then goes too.
+        quiet = [lock for lock in (self._writing, self._reading) if lock.acquire(timeout=_STOP_S)]
         try:
             self.folder.leave(self._owner)
         finally:
-            if is_quiet:
-                self._writing.release()
+            for lock in quiet:
+                lock.release()

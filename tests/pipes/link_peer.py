@@ -5,8 +5,10 @@ It prints a line when it is ready and one for each thing it did; the end of its 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
+import os
 import sys
 
 import numpy as np
@@ -65,6 +67,19 @@ def keep(pipe: Pipe) -> None:
     sys.stdin.read()
 
 
+def keep_in_parent(pipe: Pipe) -> None:
+    """Receive one message and keep its buffers; a forked child drops its copies of them."""
+    message = pipe.receive(60)
+    child = os.fork()
+    if not child:
+        del message
+        gc.collect()
+        os._exit(0)
+    os.waitpid(child, 0)
+    say("dropped")
+    sys.stdin.read()
+
+
 def receive(pipe: Pipe) -> None:
     """Wait for a message for as long as it takes."""
     try:
@@ -73,7 +88,7 @@ def receive(pipe: Pipe) -> None:
         say("broken", error)
 
 
-ACTIONS = {each.__name__: each for each in (hold, echo, send, send_again_and_again, keep, receive)}
+ACTIONS = {each.__name__: each for each in (hold, echo, send, send_again_and_again, keep, keep_in_parent, receive)}
 
 
 def main() -> None:

@@ -66,7 +66,8 @@ class Peer:
         self, pipe: Pipe, action: str, channel: str = "task", side: ExportMode = ExportMode.PEER, ready: str = "ready"
     ) -> None:
         path, arguments = pipe.export(side)
-        command = [sys.executable, str(Path(__file__).with_name("link_peer.py"))]
+        # From Python 3.12 on a fork of a process with threads is warned about.
+        command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("link_peer.py"))]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "pipes")))}
         self.process = subprocess.Popen(
             [*command, path, json.dumps(arguments), channel, action],

@@ -107,23 +107,48 @@ def test_a_message_that_is_sent_again_is_not_written_again(ends: Ends) -> None:
     assert passive.moved_bytes() == moved
 
 
+def test_what_the_receiver_may_have_changed_is_written_again(ends: Ends) -> None:
+    """A message that is sent again after it was received is what its sender says, not what the receiver left."""
+    passive, active = ends
+    message = Message("train", buffers=[big(1)])
+    for _ in range(2):
+        sending = InThread(passive.send, message, LIMIT_S)
+        received = active.receive(LIMIT_S)
+        assert sending.result()
+        assert received is not None
+        assert bytes(received.buffers[0]) == big(1)
+        np.frombuffer(received.buffers[0], np.uint8)[:] = 9
+        del received
+
+
+def test_a_released_message_gives_its_file_to_others(ends: Ends) -> None:
+    """After `release_send_cache` the same message is written again, over the file it had."""
+    passive, active = ends
+    message = Message("train", buffers=[big(1)])
+    assert not passive.send(message, 0)
+    passive.release_send_cache(message)
+    moved = passive.moved_bytes()
+    sending = InThread(passive.send, message, LIMIT_S)
+    assert active.receive(LIMIT_S)
+    assert sending.result()
+    assert passive.moved_bytes() >= moved + BIG
+    assert passive._open_end().spool._made == 1
+
+
 def test_files_are_used_again_once_they_are_dropped(ends: Ends) -> None:
     """Sending round after round alternates between as many files as the receiver holds at once, and one more."""
     passive, active = ends
-    temporary = passive._open_end().folder.temporary
     held = None
-    inodes = set()
     for value in range(1, 7):
         sending = InThread(passive.send, Message("train", buffers=[big(value)]), LIMIT_S)
         received = active.receive(LIMIT_S)
         assert sending.result()
         assert received is not None
-        inodes |= {path.stat().st_ino for path in temporary.iterdir()}
         assert held is None or bytes(held.buffers[0]) == big(value - 1)
         held = received
         assert bytes(held.buffers[0]) == big(value)
 
-    assert len(inodes) == 2
+    assert passive._open_end().spool._made == 2
     assert active.moved_bytes() >= 6 * BIG
 
 
@@ -290,6 +315,21 @@ def test_signs_of_life(ends: Ends) -> None:
     assert active.receive(LIMIT_S)
     assert sending.result()
     assert passive.get_last_peer_active_time() > before
+
+
+def test_a_forked_process_gives_nothing_back(root: Path) -> None:
+    """That a child drops its copies of the views says nothing about its parent's."""
+    passive = make(root, "PASSIVE")
+    passive.open("task")
+    peer = Peer(passive, "keep_in_parent")
+    assert passive.send(Message("train", b"", [big(1)]), LIMIT_S)
+    peer.expect("dropped")
+
+    assert passive.send(Message("again", b"", [big(2)]), 0) is False
+    assert len(list((channel_of(root) / "t").glob("*.lent"))) == 1
+    passive.close()
+    peer.leave()
+    assert files_below(root) == []
 
 
 # -- places --

@@ -16,6 +16,7 @@ import pytest
 from flarebus_pipes import _folder, file_pipe
 from flarebus_pipes._inotify import file_system_of
 from flarebus_pipes._record import MAX_RECORD_BYTES, pack
+from flarebus_pipes._watch import Watch
 from flarebus_pipes.file_pipe import FilePipe
 
 from flarebus.errors import DecodeError
@@ -139,6 +140,21 @@ def test_a_folder_that_vanishes(root: Path) -> None:
             end.send(Message("train", b"", [big()]))
         end.close()
     assert files_below(root) == []
+
+
+def test_a_message_in_a_folder_that_vanished_was_not_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That its file is gone is no receipt when everything is gone, also before the watch has noticed."""
+    monkeypatch.setattr(Watch, "_look_at_records", lambda watch: None)
+    passive = make(root, "PASSIVE")
+    passive.open("task")
+    sending = InThread(passive.send, Message("train"))
+    wait_until(lambda: any(passive._open_end().folder.outbox.iterdir()), "the message waits")
+
+    shutil.rmtree(root / "job")
+
+    with pytest.raises(BrokenPipeError, match="is gone"):
+        sending.result()
+    passive.close()
 
 
 @pytest.mark.parametrize("name", ["x", "y", "t"])

@@ -342,6 +342,20 @@ def test_a_receiver_killed_with_buffers_in_its_hands(root: Path) -> None:
     passive.close()
 
 
+def test_a_forked_process_gives_nothing_back(root: Path) -> None:
+    """That a child drops its copies of the views says nothing about its parent's."""
+    passive = make(root, "PASSIVE")
+    passive.open("task")
+    peer = Peer(passive, "keep_in_parent")
+    assert passive.send(Message("train", b"", [big(1)]), LIMIT_S)
+    peer.expect("dropped")
+
+    assert passive.send(Message("again", b"", [big(2)]), 0.05) is False
+    assert passive._open_end().pool._made == 2
+    passive.close()
+    peer.leave()
+
+
 def test_a_peer_that_stands_still(root: Path) -> None:
     """A stopped process makes a send fail in time; the message may be sent again when it goes on."""
     passive = make(root, "PASSIVE")
