@@ -25,6 +25,7 @@ from flarebus.errors import (
     UsageError,
 )
 from flarebus.pipes import Message, MessageType, Mode, Topic
+from flarebus.pipes import handler as handler_module
 from flarebus.pipes.handler import LAST_LOOK_S, PipeHandler
 from flarebus.pipes.pipe import Pipe
 from tests.pipes.fake_pipe import LIMIT_S, FakePipe, FakeTime
@@ -216,24 +217,24 @@ def test_error_is_repeated_too(make: Make, fake: FakePipe) -> None:
     assert told.nothing_more()
 
 
-def test_answer_with_buffers_is_not_kept(make: Make, fake: FakePipe) -> None:
+def test_nothing_is_kept_of_an_answer_with_buffers(make: Make, fake: FakePipe) -> None:
     """Once it was read, the buffers of an answer are whose they were: nothing of the handler refers to them."""
-    handler, told = make(fake)
+    handler, told = make(fake, heartbeat_interval=1000, heartbeat_timeout=0)
     asked = Message("train")
     fake.inbox.put(asked)
     weights = np.zeros(100)
-    gone = weakref.ref(weights)
+    gone = threading.Event()
+    watched = weakref.ref(weights, lambda _: gone.set())
     assert handler.reply(told.message(), b"", [weights.data]).result(LIMIT_S)
     the_next(fake.sent)
     the_next(fake.released)
 
-    # The sender is now behind the message and has forgotten it.
-    handler.post(Message("next"))
-    the_next(fake.sent)
     del weights
     gc.collect()
 
-    assert gone() is None
+    # The sender may have to finish its line first; what it did not forget lives as long as it does.
+    assert gone.wait(LIMIT_S / 2)
+    assert watched() is None
 
 
 def test_one_way_message_and_reply_that_come_twice_count_once(make: Make, fake: FakePipe) -> None:
@@ -332,8 +333,21 @@ def test_answered_request_is_not_sent_again(make: Make, fake: FakePipe) -> None:
     pending.on_done(lambda _: answered.set())
     assert pending.result(LIMIT_S).body == b"yes"
     handler.notify_abort()
+    handler.post(Message("metric")).result(LIMIT_S)
 
-    assert [the_next(fake.sent).topic for _ in range(2)] == ["train", Topic.ABORT]
+    assert [each.topic for each in drained(fake.sent)] == ["train", Topic.ABORT, "metric"]
+
+
+def test_there_is_a_pause_between_tries_which_only_what_is_urgent_cuts_short(make: Make, fake: FakePipe) -> None:
+    """A peer that does not read is not asked again and again at once; an abort does not wait for the next try."""
+    fake.take = lambda message: message.topic == Topic.ABORT
+    handler, _ = make(fake, resend_interval=LIMIT_S)
+    handler.post(Message("metric"))
+    the_next(fake.sent)
+
+    handler.notify_abort()
+
+    assert the_next(fake.sent).topic == Topic.ABORT
 
 
 def test_peer_has_longer_to_read_what_is_big(make: Make, fake: FakePipe) -> None:
@@ -406,6 +420,17 @@ def test_heartbeats_flow_when_there_is_nothing_else_to_say(make: Make, fake: Fak
     make(fake, heartbeat_interval=0.01)
 
     assert [the_next(fake.heartbeats) for _ in range(3)] == [0.01] * 3
+
+
+def test_heartbeat_is_sent_only_after_quiet(make: Make, fake: FakePipe) -> None:
+    """Whatever was sent is a sign of life; the next heartbeat is due an interval later."""
+    handler, _ = make(fake, heartbeat_interval=1000, heartbeat_timeout=0)
+    the_next(fake.heartbeats)
+
+    for _ in range(20):
+        assert handler.post(Message("metric")).result(LIMIT_S)
+
+    assert fake.heartbeats.empty()
 
 
 def test_heartbeat_is_not_delivered_and_not_answered(make: Make, fake: FakePipe) -> None:
@@ -520,8 +545,9 @@ def test_figures_that_make_no_sense_are_refused(make: Make, fake: FakePipe, give
 
 
 @pytest.mark.parametrize("topic", [Topic.END, Topic.ABORT])
-def test_goodbye_of_the_peer_is_told_with_its_reason(pair: Any, topic: str) -> None:
+def test_goodbye_of_the_peer_is_told_with_its_reason(pair: Any, topic: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """END and ABORT are told once; whoever waits for an answer hears it, now and later; nothing more is delivered."""
+    monkeypatch.setattr(handler_module, "GOODBYE_S", LIMIT_S)
     (here, told), (there, peer_told) = pair
     waiting = here.request(Message("train"))
     peer_told.message()
@@ -633,6 +659,55 @@ def test_nothing_is_delivered_after_the_end_was_told(make: Make, fake: FakePipe)
     assert told.status() == (Topic.PEER_GONE, "it went away")
     told.message()
     handler.stop()
+    assert told.nothing_more()
+
+
+def test_message_that_comes_while_the_end_is_told_is_not_delivered(make: Make, fake: FakePipe) -> None:
+    """The end counts from its beginning, not from when its callback is over."""
+    telling, leave = threading.Event(), threading.Event()
+
+    def linger(*_: str) -> None:
+        telling.set()
+        assert leave.wait(LIMIT_S)
+
+    handler, told = make(fake, on_status=linger)
+    the_next(fake.waits)
+    fake.take = broken
+    handler.post(Message("metric"))
+    assert telling.wait(LIMIT_S)
+
+    fake.inbox.put(Message("train"))
+    leave.set()
+    handler.stop()
+
+    assert told.nothing_more()
+
+
+def test_stop_waits_for_the_callback_that_runs_and_lets_no_other_begin(make: Make, fake: FakePipe) -> None:
+    """When stop has returned nothing is called back any more, not even with an end that came before it."""
+    handler, told = make(fake)
+    entered, leave = threading.Event(), threading.Event()
+
+    def linger(message: Message) -> None:
+        entered.set()
+        assert leave.wait(LIMIT_S)
+
+    told.act = linger
+    fake.inbox.put(Message("train"))
+    assert entered.wait(LIMIT_S)
+    fake.take = broken
+    with pytest.raises(NoRoute):
+        handler.post(Message("metric")).result(LIMIT_S)
+    stopping = threading.Thread(target=handler.stop)
+    stopping.start()
+    stopping.join(0.2)
+    assert stopping.is_alive()
+
+    leave.set()
+    stopping.join(LIMIT_S)
+
+    assert handler_threads() == []
+    told.message()
     assert told.nothing_more()
 
 
