@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flarebus.cell import Cell
-from flarebus.client.config import ClientConfig
+from flarebus.client.config import ClientConfig, ConfigKey
 from flarebus.client.ex_process.words import HELLO, PROTOCOL, RECORDS, channel_of, pack, unpack
 from flarebus.errors import DecodeError
+from flarebus.job.class_ref import code_folder_first
 from flarebus.job.site_config import SiteConfig
 from flarebus.message import Buffer
 from flarebus.pending import Pending
@@ -135,9 +136,12 @@ class Trainer:
         self._metric_handler: PipeHandler | None = None
         self._process: Process | None = None
         self._closed = False
-        pipe = client_config.get("TASK_EXCHANGE", {}).get("pipe") or {"CLASS_NAME": DEFAULT_PIPE}
-        self._pipe_class = load_pipe_class(pipe["CLASS_NAME"])
-        self._pipe_name, self._pipe_args = pipe["CLASS_NAME"], dict(pipe.get("ARG") or {})
+        pipe = config.client_config.get(ConfigKey.PIPE) or {ConfigKey.CLASS_NAME: DEFAULT_PIPE, ConfigKey.ARG: {}}
+        self._pipe_name, self._pipe_args = pipe[ConfigKey.CLASS_NAME], dict(pipe[ConfigKey.ARG])
+        # A job may bring its own class; to the trainer it is beside the script that it runs.
+        self._code_dir = Path(config.train_script).parent
+        with code_folder_first(self._code_dir):
+            self._pipe_class = load_pipe_class(self._pipe_name)
 
     @property
     def passes_manifests(self) -> bool:
@@ -227,7 +231,8 @@ class Trainer:
             "workspace_dir": str(self._folder),
             "cell": ground.cell,
         }
-        pipe = make_pipe(self._pipe_name, self._pipe_args, context, Mode.PASSIVE)
+        with code_folder_first(self._code_dir):
+            pipe = make_pipe(self._pipe_name, self._pipe_args, context, Mode.PASSIVE)
         pipe.open(channel)
         return pipe
 

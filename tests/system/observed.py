@@ -85,9 +85,25 @@ class ObservedRun:
         self._on[event] = act
 
     def start(
-        self, script: str, sites: Sequence[str] = ("site-1", "site-2"), *, size: int = 4, env: Any = None, **given: Any
+        self,
+        script: str,
+        sites: Sequence[str] = ("site-1", "site-2"),
+        *,
+        size: int = 4,
+        env: Any = None,
+        prepare: Callable[[FedAvgRecipe], None] | None = None,
+        **given: Any,
     ) -> Run:
-        """Start FedAvg with `script` on `sites`, one worker for each of two sites, from a model of zeros."""
+        """Start FedAvg with `script` on `sites`, one worker for each of two sites, from a model of zeros.
+
+        Args:
+            script: text of the training script.
+            sites: their names.
+            size: weights of the model.
+            env: settings of the environment.
+            prepare: called with the recipe before it is started.
+            given: parameters of the recipe.
+        """
         path = self.folder / "client.py"
         path.write_text(script)
         recipe = FedAvgRecipe(
@@ -102,6 +118,8 @@ class ObservedRun:
                 **given,
             }
         )
+        if prepare is not None:
+            prepare(recipe)
         self.run = recipe.start(
             SimEnv(
                 **{
