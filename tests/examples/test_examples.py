@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.examples.readme import commands
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def commands(readme: Path) -> list[list[str]]:
-    """The commands in the shell blocks of a README."""
-    blocks = re.findall(r"```sh\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
-    return [shlex.split(line) for block in blocks for line in block.splitlines()]
 
 
 def run(name: str, command: list[str]) -> tuple[Path, str]:
@@ -68,6 +63,7 @@ def test_hello_torch(number: int, expected_rounds: int) -> None:
 def test_every_example_is_run() -> None:
     """No command in a README of an example is left untested."""
     assert {readme.parent.name: len(commands(readme)) for readme in EXAMPLES.glob("*/README.md")} == {
+        "custom_pipe": 4,  # in test_custom_pipe
         "hello_numpy": 2,
         "hello_torch": 2,
     }
