@@ -164,6 +164,7 @@ class Trainer:
             task = self._open_rank(0)
             metric = self._make_pipe(METRIC_CHANNEL)
             self._metric_handler = self._handle(metric, self._records, lambda *_: None, timeout_s=0.0)
+            self._metric_handler.start()
             config = self._whole_config(task, metric)
             if self._pipe_class.same_process:
                 self._process = self._run_inside(ClientConfig(config), self._exited)
@@ -248,6 +249,8 @@ class Trainer:
 
         timeout_s = ClientConfig(self._client_config).get_heartbeat_timeout()
         handler = self._handle(pipe, on_message, on_status, timeout_s)
+        # Now, not before: what a rank said may be there already, and is told to `handler`.
+        handler.start()
         return pipe
 
     def _handle(
@@ -268,7 +271,6 @@ class Trainer:
             max_resends=settings.get_max_resends(),
         )
         self._pipe_of[handler] = pipe
-        handler.start()
         return handler
 
     def _whole_config(self, task: Pipe, metric: Pipe) -> dict[str, Any]:
