@@ -83,6 +83,7 @@ class Pipe(ABC):
 
         Raises:
             BrokenPipeError: this end is closed or was never opened, or the other end is known to be gone.
+            OSError: there is no room for its buffers; says how many bytes.
         """
 
     @abstractmethod
@@ -105,7 +106,7 @@ class Pipe(ABC):
     def close(self) -> None:
         """Release everything; calls that wait return with BrokenPipeError. Idempotent; never hangs.
 
-        Nothing is left behind once both ends are closed, or dead.
+        Nothing is left behind once both ends are closed; what dead ends left goes when somebody opens in their place.
         """
 
     @abstractmethod

@@ -53,7 +53,7 @@ def test_job_runs_over_the_pipe(fresh: FreshEnvironment, command: list[str]) -> 
 
 def test_pipe_keeps_its_promises_where_it_is_installed(fresh: FreshEnvironment) -> None:
     """The tests of the distribution, the conformance kit among them, pass against the installed packages."""
-    assert CHECK == ["pytest", "tests"]
+    assert CHECK == ["python", "-m", "pytest", "tests"]
 
     done = fresh.run([*CHECK, "-p", "no:cacheprovider"], EXAMPLE, 300)
 
