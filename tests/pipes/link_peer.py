@@ -60,6 +60,16 @@ def send_again_and_again(pipe: Pipe) -> None:
         say("sent", pipe.send(Message("big", b"body", [memoryview(array).cast("B")])))
 
 
+def drain(pipe: Pipe) -> None:
+    """Receive all that comes, until the other end is gone."""
+    while True:
+        try:
+            message = pipe.receive(60)
+        except BrokenPipeError:
+            return
+        say("received", message is not None and message.msg_id)
+
+
 def keep(pipe: Pipe) -> None:
     """Receive one message and keep its buffers until told to leave."""
     message = pipe.receive(60)
@@ -80,15 +90,7 @@ def keep_in_parent(pipe: Pipe) -> None:
     sys.stdin.read()
 
 
-def receive(pipe: Pipe) -> None:
-    """Wait for a message for as long as it takes."""
-    try:
-        say("received", pipe.receive())
-    except BrokenPipeError as error:
-        say("broken", error)
-
-
-ACTIONS = {each.__name__: each for each in (hold, echo, send, send_again_and_again, keep, keep_in_parent, receive)}
+ACTIONS = {each.__name__: each for each in (hold, echo, drain, send, send_again_and_again, keep, keep_in_parent)}
 
 
 def main() -> None:
