@@ -108,7 +108,6 @@ def closed_peer_reads_nothing(trial: PipeTrial) -> None:
     """When the other end is closed, a send is not True, and a receive brings nothing."""
     for ends in (trial.pair(), trial.pair()[::-1]):
         here, there = ends
-        trial.exchange(here, there, Message("before"))
         there.close()
         alone(here, "after the other end was closed")
 
@@ -126,7 +125,6 @@ def closed_ends_can_be_reopened(trial: PipeTrial) -> None:
     """After both ends were closed, the same objects work again on the same channel, and nothing old is there."""
     channel = trial.channel()
     here, there = trial.pair(channel)
-    trial.exchange(here, there, Message("first"))
     unread = here.begin("send", Message("old"), None)
     wait(SHORT_S)
     here.close()
@@ -135,6 +133,7 @@ def closed_ends_can_be_reopened(trial: PipeTrial) -> None:
     for name in (channel, trial.channel()):
         here.open(name)
         there.open(name)
+        trial.greet(here, there, "after both ends were closed and opened again")
         trial.exchange(here, there, Message("again"), "after both ends were closed and opened again")
         trial.exchange(there, here, Message("again"), "after both ends were closed and opened again")
         here.close()
@@ -151,8 +150,10 @@ def other_end_may_come_later(trial: PipeTrial) -> None:
             raise first.broken(
                 "send", f"ended with {sending.outcome(Exception)!r} before the other end was there; it has to wait"
             )
-        second = trial.end(Mode.ACTIVE if mode is Mode.PASSIVE else Mode.PASSIVE).open(channel)
-        second.next("before the other end was open")
+        second = trial.end(_other(mode)).open(channel)
+        if mode is Mode.PASSIVE:
+            trial.greet(first, second)
+        second.next("before this end was open")
         if sending.result() is not True:
             raise first.broken("send", "has to be True once the peer's receive has returned the message")
 
@@ -234,11 +235,13 @@ def export_describes_both_ends(trial: PipeTrial) -> None:
             if args.get("mode") != wanted.value:
                 raise end.broken("export", f"the arguments for {side.value} have to say mode {wanted.value!r}")
             try:
-                made = make_pipe(path, args, {}, wanted)
+                made = make_pipe(path, args, trial.context, wanted)
             except ConfigError as error:
                 raise end.broken("export", f"what it says for {side.value} makes no end: {error}") from error
             if side is ExportMode.PEER:
                 peer = trial.adopt(made).open(channel)
+                ends = (end, peer) if mode is Mode.PASSIVE else (peer, end)
+                trial.greet(*ends, "between an end and the peer that export describes")
                 trial.exchange(peer, end, Message("hello"), "from the end that export describes")
                 trial.exchange(end, peer, Message("hello"), "to the end that export describes")
 

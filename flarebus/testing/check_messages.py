@@ -87,6 +87,7 @@ def big_message_arrives(trial: PipeTrial) -> None:
         for _ in range(2):
             again = Message(message.topic, message.body, message.buffers)
             check_same(receiver, again, trial.exchange(sender, receiver, again))
+            sender.begin("release_send_cache", again).result("for a message that is settled")
 
 
 def both_ends_send_at_once(trial: PipeTrial) -> None:
@@ -154,6 +155,7 @@ def buffers_are_the_receivers_own(trial: PipeTrial) -> None:
             for buffer in buffers:
                 _check_writable(receiver, buffer)
             trial.exchange(receiver, sender, received.reply())
+            sender.begin("release_send_cache", request).result("for a request that is answered")
             _fill(buffers, 1)
             if originals != [sample(size, 1), sample(size + 1, 2)]:
                 raise receiver.broken("receive", "what is done to a received buffer changes the sender's memory")

@@ -23,7 +23,7 @@ MOMENTS_S = (0.0, 0.002, 0.01, 0.03, 0.1)
 
 def peer_works_in_another_process(trial: PipeTrial) -> None:
     """What `export` says for the peer makes, in another process, an end that sends and receives."""
-    for mode in Mode:
+    for mode in trial.modes_here:
         end, process = _with_process(trial, mode)
         for size in (0, 1000, trial.big_bytes):
             request = Message("echo", b"body", [sample(size, 1)])
@@ -46,7 +46,7 @@ def peer_works_in_another_process(trial: PipeTrial) -> None:
 
 def killed_sender_delivers_no_half_message(trial: PipeTrial) -> None:
     """A peer killed in the middle of a message: it arrives whole or not at all, and the end is not fooled after."""
-    for mode in Mode:
+    for mode in trial.modes_here:
         for moment in MOMENTS_S:
             end, process = _with_process(trial, mode)
             process.say({"do": "send", "nbytes": trial.big_bytes, "timeout": trial.patience})
@@ -71,7 +71,7 @@ def _check_whole(trial: PipeTrial, end: End, found: Any) -> None:
 
 def killed_peer_reads_nothing(trial: PipeTrial) -> None:
     """A message to a process that was killed before it read it is not reported as read."""
-    for mode in Mode:
+    for mode in trial.modes_here:
         end, process = _with_process(trial, mode)
         sending = end.send(Message("unread", b"", [sample(1000)]), 2.0)
         wait(0.1)
@@ -83,7 +83,7 @@ def killed_peer_reads_nothing(trial: PipeTrial) -> None:
 
 def killed_reader_ends_a_send(trial: PipeTrial) -> None:
     """A big message whose reader is killed meanwhile: the send ends in its time, and the next one is not True."""
-    for mode in Mode:
+    for mode in trial.modes_here:
         end, process = _with_process(trial, mode)
         process.say({"do": "receive", "timeout": trial.patience})
         sending = end.send(Message("big", b"", [sample(trial.big_bytes)]), 5.0)
@@ -95,7 +95,7 @@ def killed_reader_ends_a_send(trial: PipeTrial) -> None:
 
 def place_of_a_dead_end_is_free(trial: PipeTrial) -> None:
     """After a process was killed, another can take its place, and gets nothing that the dead one left."""
-    for mode in Mode:
+    for mode in trial.modes_here:
         end, process = _with_process(trial, mode)
         process.say({"do": "send", "nbytes": 1000, "timeout": trial.patience})
         _said(end, "send", process.expect, "sending")
@@ -104,14 +104,18 @@ def place_of_a_dead_end_is_free(trial: PipeTrial) -> None:
         channel = process.channel
         fresh = trial.end(mode).open(channel)
         peer = trial.end(Mode.ACTIVE if mode is Mode.PASSIVE else Mode.PASSIVE).open(channel)
+        trial.greet(*((fresh, peer) if mode is Mode.PASSIVE else (peer, fresh)))
         for sender, receiver in ((fresh, peer), (peer, fresh)):
             trial.exchange(sender, receiver, Message("fresh"), "in the place of an end whose process was killed")
 
 
 def dead_ends_leave_nothing(trial: PipeTrial) -> None:
     """Both processes are killed in the middle of a message: nothing is left behind."""
+    if Mode.ACTIVE not in trial.modes_here:
+        _dead_trainer_leaves_nothing(trial)
+        return
     for moment in (MOMENTS_S[0], MOMENTS_S[2]):
-        model = trial.end(Mode.PASSIVE)
+        model = trial.end(Mode.ACTIVE)
         channel = trial.channel()
         ends = [_said(model, "export", trial.process, model.export(side), channel) for side in ExportMode]
         ends[1].say({"do": "receive", "timeout": trial.patience})
@@ -123,12 +127,32 @@ def dead_ends_leave_nothing(trial: PipeTrial) -> None:
         check_nothing_is_left(trial, model, "dead")
 
 
+def _dead_trainer_leaves_nothing(trial: PipeTrial) -> None:
+    """Where the client job's end cannot be in another process, only the trainer's dies."""
+    end, process = _with_process(trial, Mode.PASSIVE)
+    process.say({"do": "send", "nbytes": trial.big_bytes, "timeout": trial.patience})
+    _said(end, "send", process.expect, "sending")
+    process.kill()
+    end.close()
+    check_nothing_is_left(trial, end, "dead or closed")
+
+
 def _with_process(trial: PipeTrial, mode: Mode) -> tuple[End, PeerProcess]:
     """An open end of this mode, and its peer in another process."""
     channel = trial.channel()
     end = trial.end(mode).open(channel)
-    exported = end.export(ExportMode.PEER)
-    return end, _said(end, "export", trial.process, exported, channel)
+    process: PeerProcess = _said(end, "export", trial.process, end.export(ExportMode.PEER), channel)
+    # The first word is the trainer's; see `PipeTrial.greet`.
+    if mode is Mode.PASSIVE:
+        process.say({"do": "send", "nbytes": 0, "timeout": trial.patience})
+        end.next("as the first message of the ACTIVE end")
+        _said(end, "send", process.expect, "sending")
+        _said(end, "send", process.expect, "sent")
+    else:
+        process.say({"do": "receive", "timeout": trial.patience})
+        end.send(Message("hello")).result("to another process")
+        _said(end, "receive", process.expect, "received")
+    return end, process
 
 
 def _said(end: End, method: str, ask: Callable[..., Any], *args: Any) -> Any:

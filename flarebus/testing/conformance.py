@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from flarebus.pipes.pipe import Mode, Pipe
 from flarebus.testing import check_life, check_messages, check_processes
@@ -40,6 +41,7 @@ def check_pipe(
     make: Callable[[Mode], Pipe],
     *,
     leftovers: Callable[[], list[str]] = list,
+    context: Mapping[str, Any] | None = None,
     patience: float = PATIENCE_S,
     big_bytes: int = BIG_BYTES,
     on_check: Callable[[str], None] | None = None,
@@ -51,6 +53,8 @@ def check_pipe(
             they find each other (a folder, a router, a port) is up to the author.
         leftovers: names what the pipe left behind outside the process: files, segments, sockets. Without it the promise
             that nothing is left is not checked.
+        context: what a client job tells constructors that ask for it by name (`cell`, `root_url`, ...), for ends that
+            are made from what `export` says. An end that asks for a `cell` stays in this process.
         patience: seconds that any call may take, beyond a timeout that it was given.
         big_bytes: how big a big message is, 64 MiB by default.
         on_check: called with the name of each check before it runs.
@@ -64,7 +68,7 @@ def check_pipe(
         if on_check is not None:
             on_check(name)
         try:
-            with PipeTrial(make, leftovers=leftovers, patience=patience, big_bytes=big_bytes) as trial:
+            with PipeTrial(make, leftovers=leftovers, context=context, patience=patience, big_bytes=big_bytes) as trial:
                 check(trial)
         except PromiseBroken as error:
             broken[name] = error

@@ -6,9 +6,10 @@ rest. A call that does not return, or raises what the contract does not know, is
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
@@ -25,6 +26,7 @@ __all__ = ["Call", "End", "PipeTrial", "PromiseBroken"]
 # Extra time for calls that have a timeout of their own; and what a pipe may take to let go of what it held.
 PATIENCE_S = 30.0
 BIG_BYTES = 64 * 1024 * 1024
+GREETING = "hello"
 
 
 class PromiseBroken(AssertionError):
@@ -217,6 +219,8 @@ class PipeTrial:
         make: makes an end of the mode it is given; ends belong together when they are opened on one channel.
         leftovers: names what the pipe left behind outside the process (files, segments, sockets); asked when all ends
             are closed or dead. Without it that promise is not checked.
+        context: what a client job tells constructors that ask for it by name (`cell`, `root_url`, ...), for ends that
+            are made from what `export` says; see `flarebus.pipes.loading.make_pipe`.
         patience: seconds that any call may take, beyond a timeout that it was given.
         big_bytes: how big a big message is.
     """
@@ -226,11 +230,13 @@ class PipeTrial:
         make: Callable[[Mode], Pipe],
         *,
         leftovers: Callable[[], list[str]] = list,
+        context: Mapping[str, Any] | None = None,
         patience: float = PATIENCE_S,
         big_bytes: int = BIG_BYTES,
     ) -> None:
         self._make = make
         self.leftovers = leftovers
+        self.context = dict(context or {})
         self.patience = patience
         self.big_bytes = big_bytes
         self._channels = (f"check-{number}" for number in itertools.count(1))
@@ -263,9 +269,21 @@ class PipeTrial:
         return end
 
     def pair(self, channel: str = "") -> tuple[End, End]:
-        """Both ends of a channel, open: the client job's, and the trainer's."""
+        """Both ends of a channel, open and acquainted: the client job's, and the trainer's."""
         channel = channel or self.channel()
-        return self.end(Mode.PASSIVE).open(channel), self.end(Mode.ACTIVE).open(channel)
+        here, there = self.end(Mode.PASSIVE).open(channel), self.end(Mode.ACTIVE).open(channel)
+        self.greet(here, there)
+        return here, there
+
+    def greet(self, here: End, there: End, why: str = "as the first message of the ACTIVE end") -> None:
+        """Say the first word, which is the trainer's: it may be how the client job's end gets to know it."""
+        self.exchange(there, here, Message(GREETING), why)
+
+    @property
+    def modes_here(self) -> tuple[Mode, ...]:
+        """Modes of an end in this process whose peer can be in another: a client job's cell cannot go there."""
+        asks_for_cell = "cell" in inspect.signature(type(self._make(Mode.PASSIVE))).parameters
+        return (Mode.PASSIVE,) if asks_for_cell else tuple(Mode)
 
     def process(self, exported: tuple[str, dict[str, Any]], channel: str) -> PeerProcess:
         """A process with the end that was exported, open on `channel`.

@@ -66,7 +66,7 @@ IN_PROCESS = [
     ("export_describes_both_ends", "ExportsObjects", "export", "are no JSON values: .* PosixPath"),
     ("export_describes_both_ends", "ExportsItself", "export", "for PEER have to say mode 'PASSIVE'"),
     ("export_describes_both_ends", "ExportsNoClass", "export", r"cannot load tests\.pipes\.bad_pipes\.Nothing"),
-    ("export_describes_both_ends", "ExportsTooLittle", "receive", "returned None.* from the end that export describes"),
+    ("export_describes_both_ends", "ExportsTooLittle", "receive", "returned None.* the peer that export describes"),
     ("what_it_tells_has_the_right_type", "CountsInWords", "moved_bytes", "has to return a count, not 'many'"),
     ("what_it_tells_has_the_right_type", "LivesInTheFuture", "get_last_peer_active_time", "monotonic seconds, not 1e"),
     ("closed_ends_leave_nothing", "LeavesTraces", "close", "nothing may be left .* ends are closed: a segment"),
