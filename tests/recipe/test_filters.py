@@ -128,7 +128,7 @@ def _local() -> Any:
         ({"class_path": "mine.Noise", "arg": {}}, "did you mean 'args'"),
         ({"args": {}}, "pkg.mod.Class"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_cannot_be_described_is_refused(make, filter, said):
     """A filter that a site could not make again is refused at once, with what to do; the recipe stays as it was."""
