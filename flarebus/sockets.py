@@ -12,7 +12,7 @@ import math
 import os
 import secrets
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -46,11 +46,10 @@ COPY_BELOW_BYTES = 256 * 1024
 _LAST = int(zmq.NOBLOCK)
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 _READABLE = int(zmq.POLLIN)
+# Without the layer above it, which looks at options that we do not use and takes as long as the send, for every frame.
+_send: Callable[..., object] = zmq.backend.Socket.send
 # Whole messages in a socket's queue on each side; bulk data is bounded by the receivers' windows long before.
 HIGH_WATER_MARK = 4096
-# As plain numbers: joining flags is an enum's business otherwise, for every frame.
-_LAST = int(zmq.NOBLOCK)
-_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 
 
 def _profile(socket: zmq.Socket[bytes], silence_s: float) -> None:
@@ -211,7 +210,7 @@ def send_frames(socket: zmq.Socket[bytes], frames: Sequence[Buffer | zmq.Frame])
     """
     last = len(frames) - 1
     for index, frame in enumerate(frames):
-        socket.send(frame, _LAST if index == last else _MORE, copy=len(frame) < COPY_BELOW_BYTES)
+        _send(socket, frame, _LAST if index == last else _MORE, len(frame) < COPY_BELOW_BYTES)
 
 
 class Head(NamedTuple):
