@@ -95,7 +95,9 @@ def _call(body: Callable[..., Any], context: APIContext, args: tuple[Any, ...], 
     model = context.session.receive(None)
     if model is None:
         raise ClientApiError(f"{body.__name__}(): there is no task to work on; the job has ended: {context.end_reason}")
-    # A caller may pass the first argument by name, as it would without the decorator; the received model replaces it.
+    # A caller may pass the first argument as it would without the decorator; the received model replaces it.
+    if args and isinstance(args[0], FLModel):
+        args = args[1:]
     first = next(iter(inspect.signature(body).parameters), None)
     kwargs = {name: value for name, value in kwargs.items() if name != first}
     return body(model, *args, **kwargs)

@@ -37,13 +37,16 @@ def test_train_receives_and_sends(engine: FakeEngine) -> None:
     assert (engine.next_answer().params or {})["w"].tolist() == [2]
 
 
-def test_model_given_by_name_is_replaced(engine: FakeEngine) -> None:
-    """A caller that passes the model itself gets the received one used."""
+def test_model_that_is_given_is_replaced(engine: FakeEngine) -> None:
+    """A caller that passes the model itself, by name or by place, gets the received one used."""
     flare.init()
     engine.give(model())
     train(model=model(99))
+    engine.give(model())
+    train(model(99), step=3.0)
 
     assert (engine.next_answer().params or {})["w"].tolist() == [1]
+    assert (engine.next_answer().params or {})["w"].tolist() == [3]
 
 
 def test_metrics_go_out_with_the_next_train_result_only(engine: FakeEngine) -> None:
