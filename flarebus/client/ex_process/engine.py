@@ -152,7 +152,8 @@ class TrainerEngine:
         if self._closed:
             return
         self._closed = True
-        if self._metric_handler is not None and self.ended is None:
+        if self._metric_handler is not None:
+            # Also when the job has ended: the client job waits for this process. If it is gone, that is known at once.
             self._metrics.close(FAREWELL_S)
         if self.ended is None:
             self._handler.notify_end("the script has ended")
