@@ -14,6 +14,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--n-clients", type=int, default=2)
     parser.add_argument("--num-rounds", type=int, default=5)
+    parser.add_argument("--external", action="store_true", help="train in a process of its own for each site")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -25,6 +26,7 @@ def main():
         num_rounds=args.num_rounds,
         train_script="client.py",
         train_args=f"--n-sites {args.n_clients}",
+        launch_external_process=args.external,
     )
     run = recipe.execute(SimEnv(num_clients=args.n_clients))
     result = Path(run.get_result())

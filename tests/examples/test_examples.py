@@ -49,7 +49,9 @@ def test_hello_numpy(number: int, expected_rounds: int, expected_first: float) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "expected_rounds"), [(0, 5), (1, 8)], ids=["plain", "with arguments"])
+@pytest.mark.parametrize(
+    ("number", "expected_rounds"), [(0, 5), (1, 8), (2, 5)], ids=["plain", "with arguments", "external"]
+)
 def test_hello_torch(number: int, expected_rounds: int) -> None:
     """Each command of the README completes, and the network has learnt the digits."""
     run_dir, output = run("hello_torch", commands(EXAMPLES / "hello_torch" / "README.md")[number])
@@ -58,6 +60,8 @@ def test_hello_torch(number: int, expected_rounds: int) -> None:
     assert accuracy is not None
     assert float(accuracy[1]) > 0.85
     assert len(rounds(run_dir)) == expected_rounds
+    is_external = "its trainer process ended with exit code 0" in (run_dir / "site-1" / "log.txt").read_text()
+    assert is_external == (number == 2)
 
 
 def test_every_example_is_run() -> None:
@@ -65,5 +69,5 @@ def test_every_example_is_run() -> None:
     assert {readme.parent.name: len(commands(readme)) for readme in EXAMPLES.glob("*/README.md")} == {
         "custom_pipe": 4,  # in test_custom_pipe
         "hello_numpy": 2,
-        "hello_torch": 2,
+        "hello_torch": 3,
     }
