@@ -194,6 +194,9 @@ def one_that_was_not_read_can_be_sent_again(trial: PipeTrial) -> None:
     here.send(message, SHORT_S).result("with nobody who receives")
     sending = here.send(message)
     received = there.next("when it is sent again")
+    if not sending.returns_within(SHORT_S):
+        # What came was the one that could not be withdrawn; its handler drops the second.
+        received = there.next("when it is sent again")
     if sending.result() is not True or received.msg_id != message.msg_id:
         raise here.broken("can_resend", "is true, but the same message does not arrive when it is sent again")
 

@@ -69,6 +69,15 @@ class Call:
             return True
         return self._outcome.is_done
 
+    def on_done(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when it has returned or raised, or now if it has."""
+        self._outcome.on_done(lambda _: callback())
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has raised, so far."""
+        return self._outcome.is_done and self._outcome.error() is not None
+
     def outcome(self, *allowed: type[Exception], why: str = "") -> Any:
         """What it returned, or what it raised if that is one of `allowed`.
 
@@ -142,7 +151,15 @@ class End:
         Raises:
             PromiseBroken: there is none.
         """
-        message = self.receive().result(why)
+        return self.message_of(self.receive(), why)
+
+    def message_of(self, receiving: Call, why: str = "") -> Message:
+        """The message that a receive returns.
+
+        Raises:
+            PromiseBroken: there is none.
+        """
+        message = receiving.result(why)
         if not isinstance(message, Message):
             raise self.broken("receive", f"returned {_shown(message)}, not the message that was sent {why}".rstrip())
         return message
@@ -298,8 +315,15 @@ class PipeTrial:
 
     def exchange(self, sender: End, receiver: End, message: Message, why: str = "") -> Message:
         """Send a message and receive it; both must succeed."""
-        sending = sender.send(message)
-        received = receiver.next(why)
+        sending, receiving = sender.send(message), receiver.receive()
+        something = threading.Event()
+        sending.on_done(something.set)
+        receiving.on_done(something.set)
+        something.wait(2 * self.patience)
+        if sending.has_failed:
+            # Otherwise the blame would be on the receive that waits in vain.
+            sending.result(why)
+        received = receiver.message_of(receiving, why)
         if received.msg_id != message.msg_id:
             raise receiver.broken("receive", f"returned another message than the one that was sent {why}".rstrip())
         if sending.result(why) is not True:
