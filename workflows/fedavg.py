@@ -20,7 +20,7 @@ from typing import Any
 from flarebus.client.memory import release_memory
 from flarebus.errors import UpdateRefused
 from flarebus.model import FLModel, MetaKey
-from flarebus.workflow.aggregator import ModelAggregator
+from flarebus.workflow.aggregator import ModelAggregator, RoundMean
 from flarebus.workflow.controller import Controller, Job, Result, Task
 from flarebus.workflow.custom import CustomMean
 from flarebus.workflow.mean import WeightedMean
@@ -31,6 +31,9 @@ __all__ = ["FedAvg"]
 
 class FedAvg(Controller):
     """The server side of federated averaging.
+
+    Algorithms that differ from it in what they send, gather or make of it override `new_task`, `new_mean` and
+    `update_model`; rounds, quorum, refusals and the best model stay what they are here.
 
     Args:
         num_rounds: rounds in all.
@@ -101,14 +104,14 @@ class FedAvg(Controller):
         mean = self._train(job, number, model)
         # A model that nobody received has not been judged.
         is_best = bool(model) and self.selector.is_best(mean.metrics)
-        model = mean.apply_to(model, out=job.pages(model))
+        model = self.update_model(job, model, mean)
         job.commit(number, model, mean.metrics, best=is_best)
         return model, mean.metrics
 
-    def _train(self, job: Job, number: int, model: dict[str, Any]) -> WeightedMean | CustomMean:
-        mean = self._new_mean(model)
+    def _train(self, job: Job, number: int, model: dict[str, Any]) -> RoundMean:
+        mean = self.new_mean(model)
         for result in job.broadcast(
-            Task("train", FLModel(params=model), number, self.num_rounds),
+            self.new_task(number, model),
             sites=self._sample(job.sites, number),
             min_responses=self.min_clients,
             wait_time_after_min_received=self.wait_time_after_min_received,
@@ -121,10 +124,21 @@ class FedAvg(Controller):
                 result.refuse(UpdateRefused(why.reason, why.key))  # whose it is, the result knows
         return mean
 
-    def _new_mean(self, model: dict[str, Any]) -> WeightedMean | CustomMean:
+    # What an algorithm on this frame does in its own way.
+
+    def new_task(self, number: int, model: dict[str, Any]) -> Task:
+        """What the sites are given in round `number`."""
+        return Task("train", FLModel(params=model), number, self.num_rounds)
+
+    def new_mean(self, model: dict[str, Any]) -> RoundMean:
+        """Where the results of one round are gathered."""
         if self.aggregator is not None:
             return CustomMean(self.aggregator, model)
         return WeightedMean(model, self.exclude_vars)
+
+    def update_model(self, job: Job, model: dict[str, Any], mean: RoundMean) -> dict[str, Any]:
+        """The next model, from the one that the sites were given and what they made of it."""
+        return mean.apply_to(model, out=job.pages(model))
 
     def _weight(self, result: Result) -> Any:
         """n_k: what the site says it trained on, times what the recipe gives the site. Checked by the mean."""

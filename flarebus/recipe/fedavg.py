@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -119,6 +120,8 @@ class FedAvgRecipe(Recipe):
     """
 
     workflow: ClassVar[str] = "fedavg"
+    _own_settings: ClassVar[tuple[str, ...]] = ()
+    """What the workflow of a subclass is built with besides: parameters of its recipe, under the same names."""
 
     def __init__(
         self,
@@ -190,10 +193,15 @@ class FedAvgRecipe(Recipe):
             aggregator_data_kind=data_kind,
         )
 
+    def _set(self, **settings: Any) -> None:
+        """Add checked settings to those of the workflow: `_own_settings` of a subclass."""
+        job = self._definition
+        self._definition = replace(job, workflow_settings={**job.workflow_settings, **settings})
+
     @classmethod
     def _parameters_of(cls, job: JobDefinition) -> dict[str, Any]:
         settings = dict(job.workflow_settings)
-        check_keys(settings, _SETTINGS, ("min_clients",), "settings")
+        check_keys(settings, _SETTINGS + cls._own_settings, ("min_clients",), "settings")
         settings["server_memory_gc_rounds"] = settings.pop("memory_gc_rounds", 0)
         if settings.get("aggregator") is not None:
             settings["aggregator"] = settings["aggregator"].to_json()

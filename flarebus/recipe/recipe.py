@@ -48,12 +48,10 @@ class Recipe(ABC):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # Python's own message does not say which of thirty parameters was meant.
-        known = inspect.signature(cls.__init__).parameters
-        if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known.values()):
-            names = [name for name in known if name != "self"]
-            for name in kwargs:
-                if name not in names:
-                    raise TypeError(f"{cls.__name__} has no parameter {name!r}; {nearest(names, name)}")
+        names = _parameters(cls)
+        for name in kwargs:
+            if names is not None and name not in names:
+                raise TypeError(f"{cls.__name__} has no parameter {name!r}; {nearest(names, name)}")
         return super().__new__(cls)
 
     @property
@@ -184,8 +182,9 @@ class Recipe(ABC):
         if kind is None:
             known = nearest(Recipe._by_workflow, job.workflow)
             raise ConfigError(f"{where}workflow", job.workflow, f"no recipe for this workflow; {known}")
-        # `FedAvgRecipe.load` gives one; so does `Recipe.load`, and a subclass that only adds defaults gives its own.
-        made = cls if issubclass(cls, kind) else kind
+        # `FedAvgRecipe.load` gives one; so does `Recipe.load`, and a subclass that only adds defaults gives its own,
+        # unless it has another workflow.
+        made = cls if issubclass(cls, kind) and cls.workflow == job.workflow else kind
         if not issubclass(made, cls):
             raise ConfigError(
                 f"{where}workflow", job.workflow, f"not a job of {cls.__name__}; use {kind.__name__}.load"
@@ -210,6 +209,19 @@ class Recipe(ABC):
         return self._definition == other._definition
 
     __hash__ = None  # type: ignore[assignment]  # arrays and files take part in equality
+
+
+def _parameters(cls: type) -> list[str] | None:
+    """The parameters of a recipe, those that its `__init__` hands on to other classes included; None: it takes any."""
+    names: list[str] = []
+    for each in cls.__mro__:
+        if "__init__" not in vars(each):
+            continue
+        parameters = inspect.signature(vars(each)["__init__"]).parameters.values()
+        names += [one.name for one in parameters if one.kind is not one.VAR_KEYWORD and one.name != "self"]
+        if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+            return names
+    return None
 
 
 def _export_target(arguments: Sequence[str]) -> str | None:

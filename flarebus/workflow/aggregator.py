@@ -1,12 +1,16 @@
-"""ModelAggregator: what a custom aggregator implements. Not an implementation of any mean."""
+"""ModelAggregator: what a custom aggregator implements. RoundMean: what a workflow gathers results in. Not a mean."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
 
 from flarebus.model import FLModel
 
-__all__ = ["AGGREGATOR_METHODS", "ModelAggregator"]
+__all__ = ["AGGREGATOR_METHODS", "ModelAggregator", "RoundMean"]
 
 AGGREGATOR_METHODS = ("accept_model", "aggregate_model", "reset_stats")
 """The methods of an aggregator; any object that has all of them is one, subclass or not."""
@@ -30,3 +34,21 @@ class ModelAggregator(ABC):
     @abstractmethod
     def reset_stats(self) -> None:
         """Forget the round before; called ahead of every round."""
+
+
+class RoundMean(Protocol):
+    """What the results of one round become a model in: `WeightedMean`, `CustomMean`, or a workflow's own."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The weighted mean of each metric."""
+
+    def add(self, model: FLModel, weight: Any, site: str) -> None:
+        """Take one result.
+
+        Raises:
+            UpdateRefused: it must not count, and does not.
+        """
+
+    def apply_to(self, model: Mapping[Any, Any], out: Mapping[str, NDArray[Any]] | None = None) -> dict[Any, Any]:
+        """The new model, from the one that the results are of; see `WeightedMean.apply_to`."""
