@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import click
 
 from flarebus.errors import ConfigError
 
-__all__ = ["Options", "SectionedCommand", "option_of", "with_options"]
+__all__ = ["Option", "Options", "SectionedCommand", "json_object", "of_the_algorithm", "option_of", "with_options"]
+
+Option = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""A decorator that adds one option to a command."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +49,12 @@ class Options:
     offload: bool
     seed: int
     deterministic: bool
-    name: str
+    name: str | None
     workspace: str | None
     log_config: str | None
     json: bool
+    own: dict[str, Any] = field(default_factory=dict)
+    """What only the recipe of one algorithm takes."""
 
     @property
     def quorum(self) -> int:
@@ -69,10 +74,10 @@ def _site_names(text: str) -> tuple[str, ...]:
 
 def _pipe(text: str) -> dict[str, Any] | str:
     """The name of a pipe, or its class with arguments as a JSON object."""
-    return _keyword_arguments(text) if text.lstrip().startswith("{") else text
+    return json_object(text) if text.lstrip().startswith("{") else text
 
 
-def _keyword_arguments(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
     """A JSON object."""
     try:
         read = json.loads(text)
@@ -106,7 +111,7 @@ class SectionedCommand(click.Command):
                 formatter.write_dl(records)
 
 
-def _section(heading: str) -> Callable[..., Callable[[Any], Any]]:
+def _section(heading: str) -> Callable[..., Option]:
     return functools.partial(click.option, cls=_SectionOption, section=heading)
 
 
@@ -115,11 +120,14 @@ _who = _section("Who takes part")
 _how = _section("How it goes")
 _where = _section("Where it goes and what is shown")
 
+of_the_algorithm = _section("The algorithm")
+"""Makes an option that sets the parameter of its name in the recipe of one algorithm; None leaves the default."""
+
 _OPTIONS = (
     _what("--train-script", metavar="FILE", help="Your training script. Without it: the digits."),
     _what("--train-args", metavar="TEXT", default="", help="Its command line, as one string."),
     _what("--model", metavar="MODULE:CLASS", help="The model to start from; looked for beside the script first."),
-    _what("--model-args", type=_keyword_arguments, metavar="JSON", default="{}",
+    _what("--model-args", type=json_object, metavar="JSON", default="{}",
           help="Keyword arguments for the class."),
     _what("--initial-ckpt", metavar="FILE", help="Weights to start from: .npy, .npz, .pt or .safetensors."),
     _what(
@@ -152,7 +160,7 @@ _OPTIONS = (
     _how("--seed", type=int, metavar="N", default=0, show_default=True,
          help="Seed of the digits and of drawing sites."),
     _how("--deterministic", is_flag=True, help="The same bits whatever the order in which results come."),
-    _where("--name", metavar="NAME", default="fedavg", show_default=True, help="Name of the job and its run folder."),
+    _where("--name", metavar="NAME", help="Name of the job and its run folder. Default: that of the workflow."),
     _where("--workspace", metavar="DIR", help="Where run folders go. Default: a folder in your cache."),
     _where("--log-config", metavar="FILE|LEVEL", help="How much is logged."),
     _where("--json", is_flag=True,
@@ -174,20 +182,32 @@ _RENAMED = {
 }
 
 
-def with_options(function: Callable[[Options], int]) -> Callable[..., int]:
-    """Decorate a command that takes one `Options` with all of the options."""
+def with_options(function: Callable[[Options], int], own: Sequence[Option] = ()) -> Callable[..., int]:
+    """Decorate a command that takes one `Options` with all of the options.
+
+    Args:
+        own: the options of one algorithm.
+    """
 
     @functools.wraps(function)
     def command(**values: Any) -> int:
-        return function(Options(**values))
+        common = {name: values.pop(name) for name in Options.__slots__ if name in values}
+        return function(Options(**common, own={name: value for name, value in values.items() if value is not None}))
 
-    return functools.reduce(lambda made, option: option(made), reversed(_OPTIONS), command)
+    made: Callable[..., Any] = command
+    for option in reversed((*own, *_OPTIONS)):
+        made = option(made)
+    return made
 
 
-def option_of(error: ConfigError) -> str:
-    """Say what is wrong in terms of the command line."""
+def option_of(error: ConfigError, own: Sequence[str] = ()) -> str:
+    """Say what is wrong in terms of the command line.
+
+    Args:
+        own: parameters that the options of one algorithm set.
+    """
     parameter = error.parameter if error.parameter in _RENAMED else error.parameter.partition("[")[0]
     option = _RENAMED.get(parameter, "--" + parameter.replace("_", "-"))
-    if option.removeprefix("--").replace("-", "_") not in Options.__slots__:
+    if option.removeprefix("--").replace("-", "_") not in (*Options.__slots__, *own):
         return str(error)
     return f"{option} {error.value!r}: {error.allowed}"

@@ -22,7 +22,7 @@ class Plan:
     """A recipe's arguments and what to make of the outcome.
 
     Args:
-        arguments: for `FedAvgRecipe`.
+        arguments: for the recipe.
         client_config: for its `add_client_config`.
         site_metric: the metric that a site's line shows in table and plot.
         measure: model file -> metrics of the finished model; None where only the sites can tell.
@@ -41,7 +41,6 @@ def plan(options: Options) -> Plan:
         UsageError: options that do not go together, or the digits are asked for without scikit-learn.
     """
     common = {
-        "name": options.name,
         "min_clients": options.quorum,
         "num_rounds": options.rounds,
         "params_transfer_type": TransferType(options.transfer_type),
@@ -56,12 +55,15 @@ def plan(options: Options) -> Plan:
         "seed": options.seed,
         "deterministic": options.deterministic,
     }
+    if options.name is not None:
+        common["name"] = options.name
     if options.grace is not None:
         common["wait_time_after_min_received"] = options.grace
     if options.external or options.command is not None or options.pipe is not None:
         common["launch_external_process"] = True
     if options.command is not None:
         common["command"] = options.command
+    common |= options.own
     return _own_script(options, common) if options.train_script is not None else _digits(options, common)
 
 

@@ -1,4 +1,4 @@
-"""The program behind `python -m workflows.fedavg`: a command line in front of `FedAvgRecipe` and an environment.
+"""The program behind `python -m workflows.fedavg` and its like: a command line in front of a recipe and an environment.
 
 It builds recipe and environment from the options, shows what happens while the job runs, and says at the end what came
 out and where it lies. How a job runs is none of its business. Exit codes: 0 done; 1 the job failed; 2 wrong usage; 130
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ import click
 
 from flarebus.errors import ConfigError, FlarebusError, JobAborted, JobFailed, UsageError
 from flarebus.workflow.selection import BestModelSelector
+from workflows._algorithms import ALGORITHMS, Algorithm
 from workflows._options import Options, SectionedCommand, option_of, with_options
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ __all__ = ["main"]
 
 _OK, _FAILED, _USAGE, _STOPPED = 0, 1, 2, 130
 
-_ABOUT = """Federated averaging: in every round each site trains the model on its own data, and the server averages.
+_ABOUT = """{about}
 
 Without arguments it trains a small network on the handwritten digits that come with scikit-learn, split over four
 sites. With --train-script it runs your own script: one that calls flare.init(), flare.receive() and flare.send().
@@ -42,10 +44,10 @@ sites. With --train-script it runs your own script: one that calls flare.init(),
 
 _EXAMPLES = """\b
 Examples:
-  python -m workflows.fedavg
-  python -m workflows.fedavg --clients 20 --rounds 30 --threads 2 --json
-  python -m workflows.fedavg --train-script client.py --model net:Net --clients 8
-  python -m workflows.fedavg --train-script client.py --train-args "--epochs 2" \\
+  python -m {module}
+  python -m {module} --clients 20 --rounds 30 --threads 2 --json
+  python -m {module} --train-script client.py --model net:Net --clients 8
+  python -m {module} --train-script client.py --train-args "--epochs 2" \\
       --initial-ckpt start.safetensors --stop-cond "accuracy >= 0.9"
 
 Metrics that a site sends with its update describe the model it received, so the metrics of a round belong to the model
@@ -57,14 +59,23 @@ Exit codes:
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, workflow: str = "fedavg") -> int:
     """Run the program; return its exit code.
 
     Args:
         argv: the arguments; those of the process when None.
+        workflow: which of `ALGORITHMS`.
     """
+    algorithm = ALGORITHMS[workflow]
+    module = f"workflows.{workflow}"
+    command = click.command(
+        cls=SectionedCommand,
+        help=_ABOUT.format(about=algorithm.about),
+        epilog=_EXAMPLES.format(module=module),
+        context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
+    )(with_options(partial(_command, algorithm), algorithm.options))
     try:
-        code = _command.main(None if argv is None else list(argv), "python -m workflows.fedavg", standalone_mode=False)
+        code = command.main(None if argv is None else list(argv), f"python -m {module}", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -74,26 +85,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(code or _OK)
 
 
-@click.command(
-    cls=SectionedCommand,
-    help=_ABOUT,
-    epilog=_EXAMPLES,
-    context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]},
-)
-@with_options
-def _command(options: Options) -> int:
+def _command(algorithm: Algorithm, options: Options) -> int:
     from workflows._progress import Terminal
 
     # With --json, standard output belongs to the program that reads it.
     console = Terminal(stderr=options.json, highlight=False)
     begin = time.monotonic()
-    ending = _run(options, console)
+    ending = _run(algorithm, options, console)
     if ending.code != _OK:
         click.echo(f"{'stopped' if ending.code == _STOPPED else 'error'}: {ending.reason}", err=True)
         if ending.run_dir is not None:
             click.echo(f"logs: {ending.run_dir}/server/log.txt, and log.txt of each site beside it", err=True)
     if options.json:
-        click.echo(json.dumps(ending.to_json() | {"total_s": round(time.monotonic() - begin, 3)}))
+        found = {"workflow": algorithm.workflow} | ending.to_json() | {"total_s": round(time.monotonic() - begin, 3)}
+        click.echo(json.dumps(found))
     if ending.at_once:
         # The job's thread would be waited for, whatever it does. What it has committed is safe from any kind of end.
         sys.stdout.flush()
@@ -122,10 +127,10 @@ class _Ending:
             found |= self.outcome.to_json()
         elif self.run_dir is not None:
             found["run_dir"] = str(self.run_dir)
-        return {"workflow": "fedavg", "state": state} | ({"reason": self.reason} if self.reason else {}) | found
+        return {"state": state} | ({"reason": self.reason} if self.reason else {}) | found
 
 
-def _run(options: Options, console: Console) -> _Ending:
+def _run(algorithm: Algorithm, options: Options, console: Console) -> _Ending:
     """Do all of it. What goes wrong becomes an ending here, once; a traceback means a bug."""
     from workflows._plan import plan
     from workflows._progress import Watcher
@@ -133,12 +138,12 @@ def _run(options: Options, console: Console) -> _Ending:
     watcher = Watcher(console, options.key_metric)
     try:
         planned = plan(options)
-        _train(planned, options, watcher)
+        _train(algorithm, planned, options, watcher)
         outcome = _outcome(watcher, planned, options)
         if outcome is not None:
             _report(outcome, console)
     except ConfigError as error:
-        return _Ending(_USAGE, option_of(error))
+        return _Ending(_USAGE, option_of(error, tuple(options.own)))
     except (UsageError, NotImplementedError) as error:
         return _Ending(_USAGE, str(error))
     except (JobAborted, KeyboardInterrupt) as error:
@@ -154,16 +159,16 @@ def _run(options: Options, console: Console) -> _Ending:
     return _Ending(_OK, "", watcher.run_dir, outcome)
 
 
-def _train(planned: Plan, options: Options, watcher: Watcher) -> None:
+def _train(algorithm: Algorithm, planned: Plan, options: Options, watcher: Watcher) -> None:
     """Run the job to its end.
 
     Raises:
         FlarebusError: something about it was wrong, it failed, or it was aborted.
         KeyboardInterrupt: Ctrl-C; the job has ended, unless a second one came.
     """
-    from flarebus.recipe import FedAvgRecipe
+    import flarebus.recipe
 
-    recipe = FedAvgRecipe(**planned.arguments)
+    recipe = getattr(flarebus.recipe, algorithm.recipe)(**planned.arguments)
     recipe.add_client_config(planned.client_config)
     environment = _environment(options, watcher)
     try:

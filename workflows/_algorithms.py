@@ -1,0 +1,41 @@
+"""The algorithms that have a program: how their recipe is called, what the help says, which options they add.
+
+All of them run on the frame of federated averaging, and the program around them is the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workflows._options import Option, of_the_algorithm
+
+__all__ = ["ALGORITHMS", "Algorithm"]
+
+
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """What a program has of its own.
+
+    Args:
+        workflow: the module `workflows.<workflow>`, and the workflow's name.
+        recipe: the name of its recipe in `flarebus.recipe`.
+        about: the first paragraph of the help.
+        options: those that only its recipe takes.
+    """
+
+    workflow: str
+    recipe: str
+    about: str
+    options: tuple[Option, ...] = ()
+
+
+ALGORITHMS = {
+    each.workflow: each
+    for each in (
+        Algorithm(
+            "fedavg",
+            "FedAvgRecipe",
+            "Federated averaging: in every round each site trains the model on its own data, and the server averages.",
+        ),
+    )
+}
