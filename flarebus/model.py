@@ -26,6 +26,7 @@ class MetaKey:
     JOB_ID = "job_id"
     SITE_NAME = "site_name"
     CLIENT_NAME = "client_name"
+    FEDPROX_MU = "fedprox_mu"
 
 
 def _checked_round(name: str, value: int | None) -> int | None:

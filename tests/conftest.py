@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+import tomllib
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -16,3 +19,20 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "flarebus"
 def _own_simulation_root(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the user's cache folder out of the tests, also in the processes they start."""
     os.environ["FLAREBUS_SIMULATION_ROOT"] = str(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def checked_out_workflows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workflows that pyproject.toml names are found by name, here and in processes started from here.
+
+    What was installed last may be older than the checkout.
+    """
+    with open(Path(__file__).parents[1] / "pyproject.toml", "rb") as file:
+        entries = tomllib.load(file)["project"]["entry-points"]["flarebus.workflows"]
+    folder = tmp_path / "checkout" / "checkout-0.dist-info"
+    folder.mkdir(parents=True)
+    folder.joinpath("METADATA").write_text("Metadata-Version: 2.1\nName: checkout\nVersion: 0\n")
+    lines = "".join(f"{name} = {value}\n" for name, value in entries.items())
+    folder.joinpath("entry_points.txt").write_text(f"[flarebus.workflows]\n{lines}")
+    monkeypatch.setattr(sys, "path", [str(folder.parent), *sys.path])
+    monkeypatch.setenv("PYTHONPATH", str(folder.parent), prepend=os.pathsep)

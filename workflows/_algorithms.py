@@ -37,5 +37,18 @@ ALGORITHMS = {
             "FedAvgRecipe",
             "Federated averaging: in every round each site trains the model on its own data, and the server averages.",
         ),
+        Algorithm(
+            "fedprox",
+            "FedProxRecipe",
+            "FedProx: federated averaging whose sites are held back from running far from the model they received.",
+            (
+                of_the_algorithm(
+                    "--fedprox-mu",
+                    type=float,
+                    metavar="MU",
+                    help="How strongly sites are held back, from 0. Default: 0.01.",
+                ),
+            ),
+        ),
     )
 }

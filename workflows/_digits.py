@@ -107,26 +107,38 @@ def train(
     epochs: int,
     batch_size: int,
     learning_rate: float,
+    mu: float = 0.0,
 ) -> int:
-    """Train `model` in place by stochastic gradient descent on the cross entropy; return the number of steps."""
+    """Train `model` in place by stochastic gradient descent on the cross entropy; return the number of steps.
+
+    Args:
+        mu: of FedProx, which adds mu/2 times the squared distance from where training began.
+    """
     n_steps = 0
+    begun = {name: value.copy() for name, value in model.items()} if mu else {}
     for _ in range(epochs):
         order = random.permutation(len(y))
         for begin in range(0, len(y), batch_size):
             batch = order[begin : begin + batch_size]
-            _step(model, x[batch], y[batch], learning_rate)
+            gradient = _gradient(model, x[batch], y[batch])
+            for name, value in begun.items():
+                gradient[name] += mu * (model[name] - value)
+            for name, value in gradient.items():
+                model[name] -= learning_rate * value
             n_steps += 1
     return n_steps
 
 
-def _step(model: dict[str, Any], x: Floats, y: Ints, learning_rate: float) -> None:
+def _gradient(model: dict[str, Any], x: Floats, y: Ints) -> dict[str, Floats]:
     hidden, logits = _forward(model, x)
     error = np.exp(logits - logits.max(axis=1, keepdims=True))
     error /= error.sum(axis=1, keepdims=True)
     error[np.arange(len(y)), y] -= 1
     error /= len(y)
     back = (error @ model["output.weight"].T) * (hidden > 0)
-    model["output.weight"] -= learning_rate * (hidden.T @ error)
-    model["output.bias"] -= learning_rate * error.sum(axis=0)
-    model["hidden.weight"] -= learning_rate * (x.T @ back)
-    model["hidden.bias"] -= learning_rate * back.sum(axis=0)
+    return {
+        "hidden.weight": x.T @ back,
+        "hidden.bias": back.sum(axis=0),
+        "output.weight": hidden.T @ error,
+        "output.bias": error.sum(axis=0),
+    }

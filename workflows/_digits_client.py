@@ -1,7 +1,7 @@
 """The training script of the demo: what a site runs. An ordinary Client API script.
 
 Each round it measures the model it received, on the held-out digits and on the site's own, trains it on the site's own,
-and sends it back.
+and sends it back. What FedProx wants of a site, it does where the server says so.
 """
 
 from __future__ import annotations
@@ -47,7 +47,14 @@ def main() -> None:
         # Seeded by site and round: the same numbers whichever worker trains the site, and whenever.
         random = np.random.default_rng((args.seed, number, model.current_round or 0))
         n_steps = train(
-            params, x, y, random, epochs=args.epochs, batch_size=args.batch_size, learning_rate=args.learning_rate
+            params,
+            x,
+            y,
+            random,
+            epochs=args.epochs,
+            batch_size=args.batch_size,
+            learning_rate=args.learning_rate,
+            mu=model.meta.get("fedprox_mu", 0.0),
         )
         print(f"round {model.current_round}: {metrics}, {n_steps} steps")
         flare.send(flare.FLModel(params=params, metrics=metrics, meta={"NUM_STEPS_CURRENT_ROUND": n_steps}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from flarebus.job.kinds import DataKind, ExchangeFormat, FrameworkType, TransferType
 from flarebus.recipe.env import ExecEnv
 from flarebus.recipe.fedavg import FedAvgRecipe
+from flarebus.recipe.fedprox import FedProxRecipe
 from flarebus.recipe.recipe import Recipe
 from flarebus.recipe.run import Run
 from flarebus.recipe.sim_env import SimEnv
@@ -16,6 +17,7 @@ __all__ = [
     "ExchangeFormat",
     "ExecEnv",
     "FedAvgRecipe",
+    "FedProxRecipe",
     "Filter",
     "FilterTask",
     "FrameworkType",
