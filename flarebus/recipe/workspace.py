@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,6 +54,7 @@ class RunFolder:
     def __init__(self, path: Path, lock: int) -> None:
         self.path = path
         self._lock = lock
+        self._closing = threading.Lock()
 
     @classmethod
     def open(cls, root: Path, name: str, sites: Sequence[str]) -> RunFolder:
@@ -76,10 +78,11 @@ class RunFolder:
         return cls(root / name, lock)
 
     def close(self) -> None:
-        """Give the lock back. Closing twice does nothing."""
-        lock, self._lock = self._lock, -1
-        if lock >= 0:
-            os.close(lock)
+        """Give the lock back, which is free when this returns. Any thread may call; closing twice does nothing."""
+        with self._closing:
+            lock, self._lock = self._lock, -1
+            if lock >= 0:
+                os.close(lock)
 
 
 def _make_private(folder: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,28 @@ def test_second_run_in_one_process_is_refused_until_the_first_is_closed(root):
     with pytest.raises(ConfigError, match="is running"):
         RunFolder.open(root, "job", [])
     second.close()
+
+
+def test_folder_is_free_for_whoever_closed_it_though_another_thread_does_the_same(root, monkeypatch):
+    """Who closes while another thread is about to give the lock back returns when that is done, not before."""
+    folder = RunFolder.open(root, "job", [])
+    other = threading.Thread(target=folder.close)
+    waited = []
+    close = os.close
+
+    def slow(lock):
+        monkeypatch.undo()
+        other.start()
+        other.join(0.1)
+        waited.append(other.is_alive())
+        close(lock)
+
+    monkeypatch.setattr(os, "close", slow)
+    folder.close()
+    other.join()
+
+    assert waited == [True]
+    RunFolder.open(root, "job", []).close()
 
 
 def test_refused_folder_is_not_left_locked(root):
