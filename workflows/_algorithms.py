@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workflows._options import Option, of_the_algorithm
+import click
+
+from workflows._options import Option, json_object, of_the_algorithm
 
 __all__ = ["ALGORITHMS", "Algorithm"]
 
@@ -36,6 +38,24 @@ ALGORITHMS = {
             "fedavg",
             "FedAvgRecipe",
             "Federated averaging: in every round each site trains the model on its own data, and the server averages.",
+        ),
+        Algorithm(
+            "fedopt",
+            "FedOptRecipe",
+            "FedOpt: federated averaging whose server steps towards the mean with an optimizer of its own.",
+            (
+                of_the_algorithm(
+                    "--server-optimizer",
+                    type=click.Choice(["sgd", "adagrad", "adam", "yogi"]),
+                    help="The server's optimizer. Default: adam.",
+                ),
+                of_the_algorithm(
+                    "--optimizer-args",
+                    type=json_object,
+                    metavar="JSON",
+                    help="Its parameters, such as '{\"lr\": 0.03}'.",
+                ),
+            ),
         ),
         Algorithm(
             "fedprox",

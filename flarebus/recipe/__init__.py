@@ -5,6 +5,7 @@ from __future__ import annotations
 from flarebus.job.kinds import DataKind, ExchangeFormat, FrameworkType, TransferType
 from flarebus.recipe.env import ExecEnv
 from flarebus.recipe.fedavg import FedAvgRecipe
+from flarebus.recipe.fedopt import FedOptRecipe
 from flarebus.recipe.fedprox import FedProxRecipe
 from flarebus.recipe.recipe import Recipe
 from flarebus.recipe.run import Run
@@ -17,6 +18,7 @@ __all__ = [
     "ExchangeFormat",
     "ExecEnv",
     "FedAvgRecipe",
+    "FedOptRecipe",
     "FedProxRecipe",
     "Filter",
     "FilterTask",

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from workflows._algorithms import ALGORITHMS
 from workflows._program import main
 
 # One site's script that adds one; with --fail-in it raises in that round, with --hang it never answers.
@@ -54,15 +55,15 @@ def job(tmp_path: Path) -> list[str]:
     ]
 
 
-def start(*argv: str, **options: Any) -> subprocess.Popen[str]:
+def start(*argv: str, workflow: str = "fedavg", **options: Any) -> subprocess.Popen[str]:
     """The program as a process of its own."""
-    command = [sys.executable, "-m", "workflows.fedavg", *argv]
+    command = [sys.executable, "-m", f"workflows.{workflow}", *argv]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def run(*argv: str) -> tuple[int, str, str]:
+def run(*argv: str, workflow: str = "fedavg") -> tuple[int, str, str]:
     """Exit code, output and error output."""
-    with start(*argv) as process:
+    with start(*argv, workflow=workflow) as process:
         try:
             out, err = process.communicate(timeout=100)
         finally:
@@ -95,6 +96,19 @@ def test_the_digits(tmp_path: Path) -> None:
     assert (run_dir / "accuracy_per_round.png").stat().st_size > 1000
     assert "examples, by class" in (run_dir / "site-3" / "log.txt").read_text()
     assert "round 15/15" in err
+
+
+@pytest.mark.usefixtures("checked_out_workflows")
+@pytest.mark.parametrize("workflow", [name for name in ALGORITHMS if name != "fedavg"])
+def test_other_algorithms_learn_the_digits(tmp_path: Path, workflow: str) -> None:
+    """Every algorithm has a program that learns the digits without being told anything."""
+    code, out, err = run("--workspace", str(tmp_path), "--json", workflow=workflow)
+
+    assert code == 0, err
+    found = last_line(out)
+    assert (found["workflow"], found["state"], found["rounds"]) == (workflow, "completed", 15)
+    assert found["final"]["accuracy"] >= 0.93
+    assert Path(found["run_dir"]).name == workflow
 
 
 def test_the_same_seed_gives_the_same_model(tmp_path: Path) -> None:
@@ -176,6 +190,35 @@ def test_wrong_usage(capfd: pytest.CaptureFixture[str], tmp_path: Path, argv: li
     err = capfd.readouterr().err
     assert said in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("workflow", "argv", "said"),
+    [
+        ("fedprox", ["--fedprox-mu", "-1"], "--fedprox-mu -1"),
+        ("fedopt", ["--server-optimizer", "adamw"], "--server-optimizer"),
+        ("fedopt", ["--optimizer-args", '{"lr": 0}'], "--optimizer-args 0"),
+        ("fedopt", ["--optimizer-args", "0.1"], "JSON"),
+        ("fedopt", ["--fedprox-mu", "1"], "No such option"),
+    ],
+)
+def test_wrong_usage_of_other_algorithms(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, workflow: str, argv: list[str], said: str
+) -> None:
+    """The options of an algorithm are checked like all others, and are options of that one only."""
+    assert main(["--workspace", str(tmp_path), *argv], workflow) == 2
+    assert said in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("workflow", ALGORITHMS)
+def test_the_help_of_every_algorithm(capsys: pytest.CaptureFixture[str], workflow: str) -> None:
+    """Each program's help speaks of its own algorithm and shows its own name in the examples."""
+    assert main(["--help"], workflow) == 0
+
+    out = capsys.readouterr().out
+    assert ALGORITHMS[workflow].about.partition(":")[0] in out
+    assert f"python -m workflows.{workflow} --clients 20" in out
+    assert ("The algorithm:" in out) == bool(ALGORITHMS[workflow].options)
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

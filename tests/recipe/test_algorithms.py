@@ -8,13 +8,31 @@ from typing import Any
 import pytest
 
 from flarebus.errors import ConfigError
-from flarebus.recipe import FedAvgRecipe, FedProxRecipe, Recipe
+from flarebus.recipe import FedAvgRecipe, FedOptRecipe, FedProxRecipe, Recipe
 
 # recipe -> what its workflow is built with besides, by default
-OWN: dict[type[FedAvgRecipe], dict[str, Any]] = {FedProxRecipe: {"fedprox_mu": 0.01}}
-WORKFLOWS = {FedProxRecipe: "fedprox"}
-CHANGED: dict[type[FedAvgRecipe], dict[str, Any]] = {FedProxRecipe: {"fedprox_mu": 0.5}}
+OWN: dict[type[FedAvgRecipe], dict[str, Any]] = {
+    FedOptRecipe: {
+        "server_optimizer": "adam",
+        "optimizer_args": {"lr": 0.03, "betas": [0.9, 0.99], "tau": 0.001},
+        "average_vars": r"(running_mean|running_var|num_batches_tracked)$",
+    },
+    FedProxRecipe: {"fedprox_mu": 0.01},
+}
+WORKFLOWS = {FedOptRecipe: "fedopt", FedProxRecipe: "fedprox"}
+CHANGED: dict[type[FedAvgRecipe], dict[str, Any]] = {
+    FedOptRecipe: {
+        "server_optimizer": "sgd",
+        "optimizer_args": {"lr": 0.5, "momentum": 0.25},
+        "average_vars": None,
+    },
+    FedProxRecipe: {"fedprox_mu": 0.5},
+}
 WRONG: list[tuple[type[FedAvgRecipe], dict[str, Any], str, str]] = [
+    (FedOptRecipe, {"server_optimizer": "adams"}, "server_optimizer", "did you mean 'adam'?"),
+    (FedOptRecipe, {"optimizer_args": {"momentum": 0.9}}, "optimizer_args['momentum']", "known: lr, betas, tau"),
+    (FedOptRecipe, {"optimizer_args": {"lr": -1}}, "optimizer_args['lr']", "above 0"),
+    (FedOptRecipe, {"average_vars": ""}, "average_vars", "regular expression"),
     *((FedProxRecipe, {"fedprox_mu": mu}, "fedprox_mu", "from 0") for mu in (-1, math.nan, math.inf, "1", None, True)),
 ]
 
