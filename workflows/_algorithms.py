@@ -70,5 +70,10 @@ ALGORITHMS = {
                 ),
             ),
         ),
+        Algorithm(
+            "scaffold",
+            "ScaffoldRecipe",
+            "SCAFFOLD: federated averaging whose sites correct their gradients by how they differ from everybody's.",
+        ),
     )
 }

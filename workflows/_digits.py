@@ -5,6 +5,7 @@ Everything follows from a seed, so that the program and every site's script work
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,11 +109,13 @@ def train(
     batch_size: int,
     learning_rate: float,
     mu: float = 0.0,
+    correct: Callable[[dict[str, Floats]], None] | None = None,
 ) -> int:
     """Train `model` in place by stochastic gradient descent on the cross entropy; return the number of steps.
 
     Args:
         mu: of FedProx, which adds mu/2 times the squared distance from where training began.
+        correct: changes the gradient of each step, name -> array, in place.
     """
     n_steps = 0
     begun = {name: value.copy() for name, value in model.items()} if mu else {}
@@ -123,6 +126,8 @@ def train(
             gradient = _gradient(model, x[batch], y[batch])
             for name, value in begun.items():
                 gradient[name] += mu * (model[name] - value)
+            if correct is not None:
+                correct(gradient)
             for name, value in gradient.items():
                 model[name] -= learning_rate * value
             n_steps += 1

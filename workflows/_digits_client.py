@@ -1,7 +1,7 @@
 """The training script of the demo: what a site runs. An ordinary Client API script.
 
 Each round it measures the model it received, on the held-out digits and on the site's own, trains it on the site's own,
-and sends it back. What FedProx wants of a site, it does where the server says so.
+and sends it back. What FedProx and SCAFFOLD want of a site, it does where the server says so.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import numpy as np
 
 import flarebus.client as flare
+from flarebus.client.algorithms import Scaffold
 from workflows._digits import ALPHA, accuracy, load_digits, partition, train
 
 __all__ = ["main"]
@@ -35,6 +36,7 @@ def main() -> None:
     x, y = digits.train_x[mine], digits.train_y[mine]
     print(f"{len(y)} examples, by class: {np.bincount(y, minlength=10).tolist()}")
 
+    scaffold = Scaffold()
     while flare.is_running():
         model = flare.receive()
         if model is None:
@@ -46,6 +48,7 @@ def main() -> None:
         }
         # Seeded by site and round: the same numbers whichever worker trains the site, and whenever.
         random = np.random.default_rng((args.seed, number, model.current_round or 0))
+        scaffold.begin(model)
         n_steps = train(
             params,
             x,
@@ -55,9 +58,11 @@ def main() -> None:
             batch_size=args.batch_size,
             learning_rate=args.learning_rate,
             mu=model.meta.get("fedprox_mu", 0.0),
+            correct=scaffold.correct,
         )
         print(f"round {model.current_round}: {metrics}, {n_steps} steps")
-        flare.send(flare.FLModel(params=params, metrics=metrics, meta={"NUM_STEPS_CURRENT_ROUND": n_steps}))
+        meta = {"NUM_STEPS_CURRENT_ROUND": n_steps}
+        flare.send(flare.FLModel(params=params, optimizer_params=scaffold.finish(), metrics=metrics, meta=meta))
 
 
 if __name__ == "__main__":

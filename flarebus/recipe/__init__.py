@@ -9,6 +9,7 @@ from flarebus.recipe.fedopt import FedOptRecipe
 from flarebus.recipe.fedprox import FedProxRecipe
 from flarebus.recipe.recipe import Recipe
 from flarebus.recipe.run import Run
+from flarebus.recipe.scaffold import ScaffoldRecipe
 from flarebus.recipe.sim_env import SimEnv
 from flarebus.workflow.aggregator import ModelAggregator
 from flarebus.workflow.filter import Filter, FilterTask
@@ -26,6 +27,7 @@ __all__ = [
     "ModelAggregator",
     "Recipe",
     "Run",
+    "ScaffoldRecipe",
     "SimEnv",
     "TransferType",
 ]

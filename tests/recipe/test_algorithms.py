@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flarebus.errors import ConfigError
-from flarebus.recipe import FedAvgRecipe, FedOptRecipe, FedProxRecipe, Recipe
+from flarebus.recipe import FedAvgRecipe, FedOptRecipe, FedProxRecipe, Recipe, ScaffoldRecipe
 
 # recipe -> what its workflow is built with besides, by default
 OWN: dict[type[FedAvgRecipe], dict[str, Any]] = {
@@ -18,8 +18,9 @@ OWN: dict[type[FedAvgRecipe], dict[str, Any]] = {
         "average_vars": r"(running_mean|running_var|num_batches_tracked)$",
     },
     FedProxRecipe: {"fedprox_mu": 0.01},
+    ScaffoldRecipe: {},
 }
-WORKFLOWS = {FedOptRecipe: "fedopt", FedProxRecipe: "fedprox"}
+WORKFLOWS = {FedOptRecipe: "fedopt", FedProxRecipe: "fedprox", ScaffoldRecipe: "scaffold"}
 CHANGED: dict[type[FedAvgRecipe], dict[str, Any]] = {
     FedOptRecipe: {
         "server_optimizer": "sgd",
@@ -27,12 +28,20 @@ CHANGED: dict[type[FedAvgRecipe], dict[str, Any]] = {
         "average_vars": None,
     },
     FedProxRecipe: {"fedprox_mu": 0.5},
+    ScaffoldRecipe: {},
 }
 WRONG: list[tuple[type[FedAvgRecipe], dict[str, Any], str, str]] = [
     (FedOptRecipe, {"server_optimizer": "adams"}, "server_optimizer", "did you mean 'adam'?"),
     (FedOptRecipe, {"optimizer_args": {"momentum": 0.9}}, "optimizer_args['momentum']", "known: lr, betas, tau"),
     (FedOptRecipe, {"optimizer_args": {"lr": -1}}, "optimizer_args['lr']", "above 0"),
     (FedOptRecipe, {"average_vars": ""}, "average_vars", "regular expression"),
+    (ScaffoldRecipe, {"launch_external_process": True, "launch_once": False}, "launch_once", "lives in its script"),
+    (
+        ScaffoldRecipe,
+        {"per_site_config": {"a": {"launch_external_process": True, "launch_once": False}}},
+        "launch_once",
+        "lives in its script",
+    ),
     *((FedProxRecipe, {"fedprox_mu": mu}, "fedprox_mu", "from 0") for mu in (-1, math.nan, math.inf, "1", None, True)),
 ]
 
