@@ -13,6 +13,7 @@ from flarebus.recipe.scaffold import ScaffoldRecipe
 from flarebus.recipe.sim_env import SimEnv
 from flarebus.workflow.aggregator import ModelAggregator
 from flarebus.workflow.filter import Filter, FilterTask
+from flarebus.workflow.robust import KrumAggregator, MedianAggregator, TrimmedMeanAggregator
 
 __all__ = [
     "DataKind",
@@ -24,10 +25,13 @@ __all__ = [
     "Filter",
     "FilterTask",
     "FrameworkType",
+    "KrumAggregator",
+    "MedianAggregator",
     "ModelAggregator",
     "Recipe",
     "Run",
     "ScaffoldRecipe",
     "SimEnv",
     "TransferType",
+    "TrimmedMeanAggregator",
 ]

@@ -19,8 +19,9 @@ AGGREGATOR_METHODS = ("accept_model", "aggregate_model", "reset_stats")
 class ModelAggregator(ABC):
     """Combines the results of one round into one model.
 
-    All three methods are called on one thread, in the order `reset_stats`, `accept_model` for each usable result,
-    `aggregate_model`. What raises from any of them fails the round with that reason.
+    The methods are called on one thread, in the order `reset_stats`, `expect_model`, `accept_model` for each usable
+    result, `aggregate_model`. `UpdateRefused` from `accept_model` means that this result does not count; anything else
+    that raises from any of them fails the job with that reason.
     """
 
     @abstractmethod
@@ -34,6 +35,12 @@ class ModelAggregator(ABC):
     @abstractmethod
     def reset_stats(self) -> None:
         """Forget the round before; called ahead of every round."""
+
+    def expect_model(self, model: Mapping[Any, Any]) -> None:  # noqa: B027  (most need not know)
+        """What the results of the round will be of; only to be read, and unchanged until the round is aggregated.
+
+        May be left out. `model` is empty where the job began without one.
+        """
 
 
 class RoundMean(Protocol):

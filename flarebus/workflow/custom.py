@@ -31,6 +31,8 @@ class CustomMean:
         self._metrics = WeightedMean(like)
         self._accepted = 0
         aggregator.reset_stats()
+        if hasattr(aggregator, "expect_model"):  # one that is no `ModelAggregator` may lack it
+            aggregator.expect_model(like)
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -30,10 +30,17 @@ from flarebus.client.algorithms import FedProxLoss, Scaffold
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--alike", action="store_true")
+parser.add_argument("--bad")
 args = parser.parse_args()
 flare.init()
 number = int(flare.get_site_name().rpartition("-")[2]) - 1
-curve, goal = torch.tensor({CURVES})[number], torch.tensor({GOALS})[number]
+curves, goals = torch.tensor({CURVES}), torch.tensor({GOALS})
+if args.alike:
+    best = torch.linalg.solve(curves.sum(0), torch.einsum("sij,sj->i", curves, goals))
+    curve, goal = torch.eye(2), best + 0.1 * (number - 3)
+else:
+    curve, goal = curves[number], goals[number]
 model = torch.nn.ParameterDict({{"w": torch.nn.Parameter(torch.zeros(2))}})
 scaffold = Scaffold()
 while flare.is_running():
@@ -48,6 +55,8 @@ while flare.is_running():
         (away @ curve @ away / 2 + proximal()).backward()
         scaffold.correct(model)
         optimizer.step()
+    if args.bad == flare.get_site_name():
+        torch.nn.init.constant_(model["w"], 1e6)
     flare.send(flare.FLModel(params=model.state_dict(), optimizer_params=scaffold.finish()))
 """
 
@@ -63,18 +72,18 @@ def gap(tmp_path: Path) -> Any:
         away = w - goals
         return float(np.einsum("si,sij,sj->", away, curves, away)) / 2 / len(goals)
 
-    def run(kind: type[FedAvgRecipe], rounds: int = 10, **changes: Any) -> float:
+    def run(kind: type[FedAvgRecipe], rounds: int = 10, n_sites: int = 3, **changes: Any) -> float:
         recipe = kind(
             **{
                 "model": {"w": torch.zeros(2)},
-                "min_clients": 3,
+                "min_clients": n_sites,
                 "num_rounds": rounds,
                 "train_script": str(tmp_path / "client.py"),
                 "deterministic": True,
                 **changes,
             }
         )
-        run = recipe.execute(SimEnv(num_clients=3, debug=True, workspace_root=tmp_path / "runs"))
+        run = recipe.execute(SimEnv(num_clients=n_sites, debug=True, workspace_root=tmp_path / "runs"))
         found = load_file(Path(run.get_result() or "") / "server" / "models" / "FL_global_model.safetensors")["w"]
         return objective(found.astype(float)) - objective(best)
 
@@ -110,3 +119,17 @@ def test_scaffold_with_trainers(gap: Any) -> None:
     plain = gap(FedAvgRecipe, rounds=5)
 
     assert gap(ScaffoldRecipe, rounds=5, launch_external_process=True) < plain / 2
+
+
+@pytest.mark.parametrize("aggregator", ["Median", "TrimmedMean", "Krum"])
+def test_a_bad_site_does_not_lead_astray(gap: Any, aggregator: str) -> None:
+    """One site of seven sends nonsense: the mean is lost, a robust aggregator stays with the others.
+
+    The aggregator is described by its class, as in a job that is exported.
+    """
+    args = {"num_byzantine": 1, "num_selected": 3} if aggregator == "Krum" else {}
+    described = {"class_path": f"flarebus.workflow.robust.{aggregator}Aggregator", "args": args}
+    alike = {"rounds": 4, "n_sites": 7, "train_args": "--alike --bad site-4"}
+
+    assert gap(FedAvgRecipe, **alike) > 1e6
+    assert gap(FedAvgRecipe, **alike, aggregator=described) < 0.5

@@ -60,6 +60,24 @@ def test_results_are_handed_over_as_they_came() -> None:
     assert [found.meta["client_name"] for found in aggregator.got] == ["a", "b"]
 
 
+def test_an_aggregator_is_told_what_to_expect() -> None:
+    """After the reset it gets the model that the results are of, unless it has no method for that."""
+    model = {"w": np.zeros(2)}
+    told: list[Any] = []
+
+    class Expecting(Giving):
+        def expect_model(self, model: Any) -> None:
+            told.append((self.n_resets, model))
+
+    CustomMean(Expecting(), model)
+    assert len(told) == 1
+    assert told[0][0] == 1
+    assert told[0][1] is model
+
+    methods = {name: lambda *_: None for name in ("reset_stats", "accept_model", "aggregate_model")}
+    CustomMean(type("Plain", (), methods)(), model)
+
+
 def test_metrics_of_what_counts_are_averaged() -> None:
     """Metrics are the weighted mean over results that were accepted; a refused one leaves no trace."""
     aggregator = Giving(full(), refuses="b")
