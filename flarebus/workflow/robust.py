@@ -151,7 +151,8 @@ class MedianAggregator(_RobustAggregator):
         return 1
 
     def _combine(self, rows: Floats) -> Floats:
-        middle: Floats = np.median(rows, axis=0, overwrite_input=True)
+        rows.sort(axis=0)  # along this axis a third of the time of `np.median`
+        middle: Floats = rows[(len(rows) - 1) // 2 : len(rows) // 2 + 1].mean(axis=0)
         return middle
 
 
