@@ -20,6 +20,7 @@ _UPPER_HALF = np.int64(-1 << 27)
 # Sums of weights are kept between these powers of two, so that neither a sum of the largest float64 values overflows
 # nor one more of the smallest is lost.
 _SCALED_WEIGHT, _SCALED_TOTAL = -24, -4
+_LARGEST = float(np.finfo(np.float64).max)
 
 
 class DoubleSum(Accumulator):
@@ -111,6 +112,8 @@ class DoubleSum(Accumulator):
         rest = float(divisor - Fraction(top))
         first, remainder, error = (scratch.row(index, len(high)) for index in (8, 6, 7))
         np.divide(high, top, out=first)
+        # A mean of the largest values may round to what lies beyond them; the remainder makes up for what is cut off.
+        np.clip(first, -_LARGEST, _LARGEST, out=first)
         np.multiply(first, top, out=remainder)
         _product_error(first, top, remainder, error, scratch)
         np.subtract(high, remainder, out=remainder)

@@ -110,6 +110,16 @@ def test_largest_float64_values_do_not_overflow() -> None:
     np.testing.assert_array_equal(result["w"], [top, -top])
 
 
+def test_a_quotient_that_rounds_beyond_the_range_is_brought_back() -> None:
+    """The sum over the total of the weights may round up beyond the largest value though the mean does not."""
+    top = np.finfo(np.float64).max
+    updates = [({"w": np.array([top, -top, 1.0])}, weight) for weight in (1.0, 24.0, 999.1396513113401)]
+
+    result = mean_of({"w": np.zeros(3)}, updates)
+
+    np.testing.assert_array_equal(result["w"], [top, -top, 1.0])
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3fn])
 @pytest.mark.parametrize("clients", [2, 7, 20])
 def test_short_floats(dtype: type, clients: int) -> None:
