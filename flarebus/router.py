@@ -236,6 +236,8 @@ class Router:
                 continue
             if connection.link.should_ping(now):
                 self._say(connection, Verb.PING)
+                # Also if it could not be said: a connection that is down is not tried again and again until it is dead.
+                connection.link.spoke(now)
             if connection.backlog:
                 self._flush(connection)
             due = now + BACKLOG_RETRY_S if connection.backlog else connection.link.next_event()

@@ -573,3 +573,26 @@ def test_nothing_is_said_to_closed_routers() -> None:
         error = error_of(cell.request("answerer", "test", "echo"))
         assert isinstance(error, LinkError)
         assert isinstance(cell, Cell)
+
+
+def test_a_connection_that_is_down_is_not_tried_all_the_time() -> None:
+    """Over a network a broken connection may come back until it was silent for too long: nobody spins until then."""
+    with Bus("tcp") as bus:
+        with Raw(bus.endpoint) as raw:
+            raw.hello("site")
+        wait_until_down(bus, "site")
+        now = bus.loop.clock() + 6
+
+        again = bus.loop.run(bus.router.tick, now)
+
+        assert bus.router.statistics().connections == 1
+        assert again is not None
+        assert again > now
+
+
+def wait_until_down(bus: Bus, name: str) -> None:
+    """Wait until the router knows that the connection of `name` cannot be used."""
+    asker = bus.attach("asker")
+    deadline = time.monotonic() + WAIT_S
+    while "its connection is down" not in str(error_of(asker.request(name, "test", "echo", timeout=1.0))):
+        assert time.monotonic() < deadline
