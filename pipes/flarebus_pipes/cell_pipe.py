@@ -4,15 +4,17 @@ The trainer is a cell of its own, `<site>.<job>.<rank>.<nonce>`, on the router t
 speaks as `<site>.<job>`. What the server offers to a site may be pulled by whoever lives under the site's address, so a
 trainer fetches the model from the server; what a trainer offers names the server as a reader, which fetches the result
 from the trainer. The nonce keeps two trainers that were started with one configuration apart: the second is refused.
+
+A message is a request on channel `pipe`: the name of the pipe's channel, the head and the body of the message, and its
+buffers beside it; it is answered when `receive` returns it. A body that leaves no room for the other two comes as the
+first buffer. A trainer begins with a greeting, which has neither head nor body: by that the client job knows it.
 """
 
 from __future__ import annotations
 
 import queue
-import secrets
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -20,20 +22,32 @@ from typing import Any, ClassVar
 from flarebus.address import check_name
 from flarebus.cell import Cell, Payload
 from flarebus.delivery import Delivery
-from flarebus.errors import ConfigError, DeadlineExceeded, DecodeError, FlarebusError, LinkError, NoRoute, UsageError
-from flarebus.link import SILENCE_S
+from flarebus.errors import (
+    Closed,
+    ConfigError,
+    DeadlineExceeded,
+    DecodeError,
+    EncodeError,
+    FlarebusError,
+    NoRoute,
+    UsageError,
+)
 from flarebus.message import Buffer
 from flarebus.pending import Pending
 from flarebus.pipes import ExportMode, Message, Mode, Pipe
-from flarebus.security.keys import DialKeys, KeyPair
 from flarebus.slab import unbundle
+from flarebus.wire import MAX_BODY_BYTES
+from flarebus_pipes._bus import BUS_CHANNEL, BUS_TOPIC, Endpoint, dialled, fields_of, hub_of
 
 __all__ = ["CellPipe"]
 
-_CHANNEL, _TOPIC = "pipe", "message"
-CONNECT_S = 30.0
-# Words for channels that are not open yet.
-MAX_EARLY = 256
+# How long a trainer greets a client job again that is not there yet, and the shortest and longest time between. Nobody
+# tells a cell that a name has come.
+GREET_S, PAUSES_S = 10.0, (0.02, 0.5)
+# A message comes again right after itself.
+MAX_READ = 16
+# A body is sent within a body, beside the channel's name and the head.
+ROOM_BYTES = 1024
 
 
 class CellPipe(Pipe):
@@ -43,12 +57,13 @@ class CellPipe(Pipe):
         mode: ACTIVE for the trainer, PASSIVE for the client job.
         site_name: the site.
         token: id of the job.
-        root_url: endpoint of the router; a trainer dials it.
-        secure_mode: whether the connection is encrypted; then a trainer needs `keys`.
+        root_url: endpoint of the router, to dial; needed without `cell`.
+        secure_mode: whether the connection is encrypted; then whoever dials over TCP needs `keys`.
         workspace_dir: not used; configurations of other systems name it.
-        cell: the client job's own cell, to which `<site_name>.<token>` leads; PASSIVE only.
+        cell: the client job's own cell, to which `<site_name>.<token>` leads; PASSIVE only. Without it the client job's
+            end dials, as a trainer's does.
         rank: of the trainer's process; ACTIVE only.
-        keys: CURVE keys of a trainer: its ``public`` and ``secret`` one and that of the ``server``.
+        keys: CURVE keys of whoever dials: its ``public`` and ``secret`` one and that of the ``server``.
 
     Raises:
         ConfigError: an argument is wrong or missing.
@@ -78,73 +93,72 @@ class CellPipe(Pipe):
             "secure_mode": secure_mode,
             "workspace_dir": workspace_dir,
         }
-        if self.mode is Mode.PASSIVE and cell is None:
-            raise ConfigError("cell", cell, "the passive end of a CellPipe needs the cell of its client job")
-        if self.mode is Mode.ACTIVE and not root_url:
+        self._given_cell = cell if self.mode is Mode.PASSIVE else None
+        if self._given_cell is None and not root_url:
             raise ConfigError("root_url", root_url, "the endpoint of a router, such as ipc:///run/me/bus")
-        if self.mode is Mode.ACTIVE and secure_mode and root_url.startswith("tcp:") and keys is None:
+        if self._given_cell is None and secure_mode and root_url.startswith("tcp:") and keys is None:
             raise ConfigError("keys", keys, "an encrypted connection needs keys; the client job writes them down")
-        self._given_cell = cell
         self._rank = rank
         self._keys = keys
         self._cell: Cell | None = None
         self._name = ""
         self._peer = ""
         self._met = threading.Event()
-        self._incoming: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
+        self._again: threading.Timer | None = None
+        # Heads of what waits to be received, in order, and the deliveries: of a message that came again the last one,
+        # for only that is still waited for.
+        self._incoming: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._waiting: dict[str, Delivery] = {}
+        self._read: deque[str] = deque(maxlen=MAX_READ)
         self._broken = ""
         self._offered: dict[str, Payload] = {}
+        self._sending: set[Pending[Delivery]] = set()
         self._last_active = 0.0
+        # Guards what `close` takes away from a thread that sends.
         self._lock = threading.Lock()
 
     def open(self, name: str) -> None:
-        """Get ready; a trainer connects to the router here.
+        """Get ready; connects to the router here, unless there is a cell already.
 
         Raises:
-            UsageError: it is open already.
+            UsageError: it is open already, or another end of this process has the channel.
             LinkError: the router cannot be reached.
         """
         if self._cell is not None:
             raise UsageError(f"{self.address}: channel {self._name!r} is open already")
         check_name(name, "channel")
-        self._name, self._broken, self._incoming = name, "", queue.SimpleQueue()
+        self._name, self._broken, self._last_active = name, "", 0.0
+        self._incoming = queue.SimpleQueue()
         self._met.clear()
-        if self.mode is Mode.PASSIVE:
-            assert self._given_cell is not None
-            self._peer, self._cell = "", self._given_cell
-        else:
-            self._peer, self._cell = self.address, _dialled.get(self._endpoint())
-            self._met.set()
+        # A trainer knows the name of its peer; the client job learns it from the greeting.
+        self._peer = self.address if self.mode is Mode.ACTIVE else ""
+        cell = self._given_cell or dialled.get(self._endpoint())
+        self._cell = cell
         try:
-            _hub_of(self._cell).listen(self._own_address(), name, self)
+            hub_of(cell).listen(self._own_address(cell), name, self)
         except UsageError:
             self._cell = None
-            if self.mode is Mode.ACTIVE:
-                _dialled.release(self._endpoint())
+            self._hang_up()
             raise
+        if self.mode is Mode.ACTIVE:
+            self._greet(PAUSES_S[0], time.monotonic() + GREET_S)
 
     def send(self, message: Message, timeout: float | None = None) -> bool:
-        """Hand a message over; see `Pipe.send`."""
-        cell = self._open_cell()
+        """Hand a message over; see `Pipe.send`.
+
+        Raises:
+            EncodeError: body and manifest together are too big for a message.
+        """
+        self._check_open()
         deadline = None if timeout is None else time.monotonic() + timeout
-        # The first word is the trainer's: before it nobody is known here.
         if not self._met.wait(timeout):
             return False
-        self._check_open()
-        peer, left = self._peer, None if deadline is None else max(0.0, deadline - time.monotonic())
         try:
-            sent = cell.request(
-                peer,
-                _CHANNEL,
-                _TOPIC,
-                [self._name, message.head(), message.body],
-                payload=self._payload(cell, peer, message),
-                timeout=left,
-                source=self._own_address(),
-            )
-            sent.result()
+            self._send(message, deadline)
         except DeadlineExceeded:
             return False
+        except EncodeError:
+            raise
         except FlarebusError as error:
             self._check_open()
             raise BrokenPipeError(_in_words(error)) from error
@@ -152,14 +166,19 @@ class CellPipe(Pipe):
         return True
 
     def receive(self, timeout: float | None = None) -> Message | None:
-        """The next message; see `Pipe.receive`."""
-        self._open_cell()
+        """The next message; see `Pipe.receive`. What a peer said before it went is still heard."""
+        if self._cell is None:
+            self._check_open()
+        incoming = self._incoming
         try:
-            delivery = self._incoming.get(timeout=timeout)
+            head = incoming.get(timeout=timeout)
         except queue.Empty:
             return None
+        with self._lock:
+            delivery = None if head is None else self._waiting.pop(head)
+            self._read.extend(() if head is None else (head,))
         if delivery is None:
-            self._incoming.put(None)  # for whoever comes next
+            incoming.put(None)  # for whoever comes next
             self._check_open()
             raise BrokenPipeError(f"{self.address}: the other end is gone")
         self._last_active = time.monotonic()
@@ -173,43 +192,41 @@ class CellPipe(Pipe):
 
     def pull(self, message: Message) -> Pending[Sequence[Buffer]]:
         """Bring the buffers of a message here, from whoever holds them."""
-        if isinstance(message, _CellMessage):
+        if isinstance(message, _CellMessage) and message.manifest is not None:
             return message.delivery.pull()
         return super().pull(message)
 
     def clear(self) -> None:
         """Drop what waits to be received."""
-        while True:
-            try:
-                delivery = self._incoming.get_nowait()
-            except queue.Empty:
-                return
-            if delivery is None:
-                self._incoming.put(None)
-                return
-            delivery.fail(NoRoute(self.address, "it was cleared"))
+        self._refuse("it was cleared")
 
     def close(self) -> None:
-        """Stop listening and withdraw what is still offered; the last pipe of a trainer takes its cell with it."""
+        """Stop listening and withdraw what is still offered; the last end on a cell that was dialled closes it."""
         with self._lock:
             cell, self._cell = self._cell, None
             offered, self._offered = self._offered, {}
+            sending, self._sending = self._sending, set()
         if cell is None:
             return
         self._broken = f"{self.address}: channel {self._name!r} is closed"
-        _hub_of(cell).leave(self._own_address(cell), self._name, self)
+        hub_of(cell).leave(self._own_address(cell), self._name, self)
         for payload in offered.values():
             cell.withdraw(payload, wait=False)
+        for sent in sending:
+            sent.fail(Closed(self._broken))
+        # Whoever sent what nobody will read hears it now, as does whoever waits here.
+        self._refuse(f"channel {self._name!r} was closed")
         self._incoming.put(None)
+        if self._again is not None:
+            self._again.cancel()
         self._met.set()
-        if self.mode is Mode.ACTIVE:
-            _dialled.release(self._endpoint())
+        self._hang_up()
 
     def export(self, side: ExportMode) -> tuple[str, dict[str, Any]]:
         """Class path and arguments; those of a trainer hold no keys, which are handed over apart."""
         other = Mode.PASSIVE if self.mode is Mode.ACTIVE else Mode.ACTIVE
         mode = self.mode if side is ExportMode.SELF else other
-        return f"{__name__}.{type(self).__name__}", {"mode": mode.value, **self._arguments}
+        return f"{type(self).__module__}.{type(self).__qualname__}", {"mode": mode.value, **self._arguments}
 
     def can_resend(self) -> bool:
         """True: whoever gets a message twice knows it by its id."""
@@ -217,7 +234,8 @@ class CellPipe(Pipe):
 
     def release_send_cache(self, message: Message) -> None:
         """Offer the buffers of `message` no longer."""
-        payload, cell = self._offered.pop(message.msg_id, None), self._cell
+        with self._lock:
+            payload, cell = self._offered.pop(message.msg_id, None), self._cell
         if payload is not None and cell is not None:
             cell.withdraw(payload, wait=False)
 
@@ -226,21 +244,47 @@ class CellPipe(Pipe):
         return self._last_active
 
     def moved_bytes(self) -> int:
-        """Bytes of buffers that this end's cell has moved."""
+        """Bytes of buffers that this end's cell has moved; 0 on a cell that was given: others use that, too."""
         cell = self._cell
-        return 0 if cell is None else cell.moved_bytes
+        return 0 if cell is None or self._given_cell is not None else cell.moved_bytes
 
-    # -- on the bus thread --
+    # -- on the bus thread, one call at a time --
 
     def take(self, delivery: Delivery) -> None:
         """A message for this end has come."""
-        if not self._peer and self.mode is Mode.PASSIVE:
+        if not self._peer and delivery.source.startswith(f"{self.address}."):
             self._peer = delivery.source
             self._met.set()
         if delivery.source != self._peer:
-            delivery.fail(UsageError(f"{self.address} has a trainer already ({self._peer})"))
+            has = f"has a trainer already ({self._peer})" if self._peer else "waits for its own trainer"
+            delivery.fail(UsageError(f"{self.address} {has}"))
             return
-        self._incoming.put(delivery)
+        head = fields_of(delivery)[1]
+        if not head:
+            delivery.reply()
+            return
+        with self._lock:
+            was_read, is_new = head in self._read, head not in self._waiting
+            if not was_read:
+                self._waiting[head] = delivery
+        if was_read:
+            delivery.reply()
+        elif is_new:
+            self._incoming.put(head)
+
+    def _greeted(self, incoming: object, pause_s: float, until: float, answer: Pending[Delivery]) -> None:
+        error = answer.error()
+        if incoming is not self._incoming or self._cell is None:
+            return  # closed, and perhaps opened again
+        if error is None:
+            self._last_active = time.monotonic()
+            self._met.set()
+        elif isinstance(error, NoRoute) and time.monotonic() + pause_s < until:
+            self._again = threading.Timer(pause_s, self._greet, (min(2 * pause_s, PAUSES_S[1]), until))
+            self._again.name, self._again.daemon = "flarebus-pipe-greeting", True
+            self._again.start()
+        else:
+            self.break_off(_in_words(error))
 
     def break_off(self, reason: str) -> None:
         """Nothing comes or goes any more."""
@@ -250,40 +294,88 @@ class CellPipe(Pipe):
 
     @property
     def peer(self) -> str:
-        """Address of the other end; "" while it is not known."""
-        return self._peer
+        """Address of the other end; "" while it was not heard of: whoever had that name before may be gone."""
+        return self._peer if self._met.is_set() else ""
 
-    def _own_address(self, cell: Cell | None = None) -> str:
-        if self.mode is Mode.PASSIVE:
-            return self.address
-        cell = cell or self._cell
-        return "" if cell is None else str(cell.address)
+    def _own_address(self, cell: Cell) -> str:
+        return self.address if self.mode is Mode.PASSIVE else str(cell.address)
 
-    def _endpoint(self) -> _Endpoint:
+    def _endpoint(self) -> Endpoint:
         keys = None if self._keys is None else tuple(self._keys[name] for name in ("public", "secret", "server"))
-        return str(self._arguments["root_url"]), f"{self.address}.{self._rank}", keys
+        address = self.address if self.mode is Mode.PASSIVE else f"{self.address}.{self._rank}"
+        return str(self._arguments["root_url"]), address, self.mode, keys
 
-    def _payload(self, cell: Cell, peer: str, message: Message) -> Payload:
+    def _refuse(self, reason: str) -> None:
+        """Answer all that waits to be received; a sign that there will be no more stays."""
+        ended = False
+        while True:
+            try:
+                head = self._incoming.get_nowait()
+            except queue.Empty:
+                break
+            if head is None:
+                ended = True
+                continue
+            with self._lock:
+                delivery = self._waiting.pop(head)
+            delivery.fail(NoRoute(self.address, reason))
+        if ended:
+            self._incoming.put(None)
+
+    def _hang_up(self) -> None:
+        if self._given_cell is None:
+            dialled.release(self._endpoint())
+
+    def _greet(self, pause_s: float, until: float) -> None:
+        """Tell the client job who is here; once more after `pause_s` if it is not there."""
+        with self._lock:
+            cell, incoming = self._cell, self._incoming
+            if cell is None or self._broken:
+                return
+            words = [self._name, "", b""]
+            answer = cell.request(self._peer, BUS_CHANNEL, BUS_TOPIC, words, source=self._own_address(cell))
+        answer.on_done(lambda done: self._greeted(incoming, pause_s, until, done))
+
+    def _send(self, message: Message, deadline: float | None) -> None:
+        with self._lock:
+            self._check_open()
+            cell = self._cell
+            assert cell is not None
+            inside = len(message.body) <= MAX_BODY_BYTES - ROOM_BYTES
+            if not inside and message.manifest is not None:
+                raise EncodeError(message.topic, f"a body of {len(message.body)} bytes with a manifest")
+            sent = cell.request(
+                self._peer,
+                BUS_CHANNEL,
+                BUS_TOPIC,
+                [self._name, message.head(), message.body if inside else None],
+                payload=self._payload(cell, message, inside),
+                timeout=None if deadline is None else max(0.0, deadline - time.monotonic()),
+                source=self._own_address(cell),
+            )
+            self._sending.add(sent)
+        try:
+            sent.result()
+        finally:
+            self._sending.discard(sent)
+
+    def _payload(self, cell: Cell, message: Message, body_inside: bool) -> Payload:
         if message.manifest is not None:
             return Payload(b"", None, message.manifest)
         # The same one for a message that is sent again.
         payload = self._offered.get(message.msg_id)
         if payload is None:
-            payload = cell.share_encoded(b"", message.buffers, (peer, *message.readers))
+            buffers = message.buffers if body_inside else [message.body, *message.buffers]
+            payload = cell.share_encoded(b"", buffers, (self._peer, *message.readers))
             if payload.manifest is not None:
                 self._offered[message.msg_id] = payload
         return payload
 
-    def _open_cell(self) -> Cell:
-        self._check_open()
-        cell = self._cell
-        if cell is None:
-            raise BrokenPipeError(f"{self.address}: the pipe is not open")
-        return cell
-
     def _check_open(self) -> None:
         if self._broken:
             raise BrokenPipeError(self._broken)
+        if self._cell is None:
+            raise BrokenPipeError(f"{self.address}: the pipe is not open")
 
 
 class _CellMessage(Message):
@@ -295,145 +387,35 @@ class _CellMessage(Message):
 
     @classmethod
     def of(cls, delivery: Delivery) -> _CellMessage:
-        _, head, body = _fields(delivery)
-        message = cls.from_head(head, body)
-        assert isinstance(message, cls)
-        message.delivery = delivery
-        message.manifest = delivery.message.manifest
+        _, head, body = fields_of(delivery)
+        buffers: Sequence[Buffer] = ()
+        manifest = delivery.message.manifest
         if delivery.message.bundle is not None:
-            message.buffers = unbundle(delivery.message.bundle)
+            buffers = unbundle(delivery.message.bundle)
+        if body is None:
+            first, *buffers = _pulled(delivery)
+            body, manifest = bytes(first), None
+        message = cls.from_head(head, body, buffers)
+        assert isinstance(message, cls)
+        message.delivery, message.manifest = delivery, manifest
         return message
 
 
-def _fields(delivery: Delivery) -> tuple[str, str, bytes]:
-    """Channel, head and body of a message of a pipe."""
-    fields = delivery.plain()
-    if type(fields) is not list or [type(field) for field in fields] != [str, str, bytes]:
-        raise DecodeError(f"{delivery.source}: not a message of a pipe")
-    name, head, body = fields
-    return name, head, body
+def _pulled(delivery: Delivery) -> Sequence[Buffer]:
+    """The buffers of a message, the first of which is its body.
 
-
-class _Hub:
-    """All pipe ends of one cell.
-
-    The channel of a trainer's second rank is opened when the first one has said that there are more. A word that comes
-    for it before that waits, as long as some channel of its address is open.
+    Raises:
+        DecodeError: they cannot be had, or that one is too long.
     """
-
-    def __init__(self, cell: Cell) -> None:
-        self._ends: dict[tuple[str, str], CellPipe] = {}
-        self._early: deque[Delivery] = deque()
-        self._lock = threading.Lock()
-        cell.inbox(_CHANNEL, _TOPIC, self._put)
-        cell.on_gone(self._gone)
-        cell.on_link_lost(self._lost)
-
-    def listen(self, address: str, name: str, end: CellPipe) -> None:
-        with self._lock:
-            if (address, name) in self._ends:
-                raise UsageError(f"{address}: channel {name!r} is open already")
-            self._ends[address, name] = end
-            early, self._early = self._early, deque()
-        for delivery in early:
-            self._put(delivery)
-
-    def leave(self, address: str, name: str, end: CellPipe) -> None:
-        with self._lock:
-            if self._ends.get((address, name)) is end:
-                del self._ends[address, name]
-            early, self._early = self._early, deque()
-        for delivery in early:
-            self._put(delivery)
-
-    def _put(self, delivery: Delivery) -> None:
-        target = delivery.message.target
-        try:
-            name = _fields(delivery)[0]
-        except DecodeError as error:
-            delivery.fail(error)
-            return
-        with self._lock:
-            end = self._ends.get((target, name))
-            if end is None and len(self._early) < MAX_EARLY and any(address == target for address, _ in self._ends):
-                self._early.append(delivery)
-                return
-        if end is None:
-            delivery.fail(NoRoute(target, f"nobody listens on channel {name!r}"))
-        else:
-            end.take(delivery)
-
-    def _gone(self, names: Sequence[str]) -> None:
-        for end in list(self._ends.values()):
-            if end.peer in names:
-                end.break_off(f"{end.peer} is gone")
-
-    def _lost(self, error: LinkError) -> None:
-        for end in list(self._ends.values()):
-            end.break_off(f"the bus is gone: {error}")
-
-
-_hubs: weakref.WeakKeyDictionary[Cell, _Hub] = weakref.WeakKeyDictionary()
-_hubs_lock = threading.Lock()
-
-
-def _hub_of(cell: Cell) -> _Hub:
-    with _hubs_lock:
-        hub = _hubs.get(cell)
-        if hub is None:
-            hub = _hubs[cell] = _Hub(cell)
-        return hub
-
-
-_Endpoint = tuple[str, str, tuple[str, ...] | None]
-"""Endpoint of the router, address without the nonce, keys."""
-
-
-class _Dialled:
-    """The cells of this process's trainers: one for all channels to one client job."""
-
-    def __init__(self) -> None:
-        self._cells: dict[_Endpoint, tuple[Cell, int]] = {}
-        self._lock = threading.Lock()
-
-    def get(self, endpoint: _Endpoint) -> Cell:
-        with self._lock:
-            cell, users = self._cells.get(endpoint, (None, 0))
-            cell = cell or _dial(*endpoint)
-            self._cells[endpoint] = cell, users + 1
-            return cell
-
-    def release(self, endpoint: _Endpoint) -> None:
-        with self._lock:
-            cell, users = self._cells.pop(endpoint)
-            if users > 1:
-                self._cells[endpoint] = cell, users - 1
-                return
-        cell.close()
-
-
-def _dial(root_url: str, address: str, keys: tuple[str, ...] | None) -> Cell:
-    dial_keys = None
-    if keys is not None:
-        public, secret, server = (key.encode() for key in keys)
-        dial_keys = DialKeys(KeyPair(public, secret), server)
-    # On one machine a closed connection says that the other end is dead, and nothing else does: a script may keep
-    # Python from answering for long.
-    silence_s = float("inf") if root_url.startswith("ipc://") else SILENCE_S
-    cell = Cell.dial(f"{address}.{secrets.token_hex(8)}", root_url, dial_keys, silence_s=silence_s)
+    manifest = delivery.message.manifest
+    assert manifest is not None
+    if not manifest.lengths or manifest.lengths[0] > MAX_BODY_BYTES:
+        raise DecodeError(f"{delivery.source}: not a message of a pipe")
     try:
-        cell.wait_until_up(CONNECT_S)
-    except LinkError as error:
-        cell.close()
-        raise LinkError(f"{root_url}: the router of the client job cannot be reached: {error}") from error
-    except BaseException:
-        cell.close()
-        raise
-    return cell
+        return delivery.pull().result()
+    except (FlarebusError, OSError, MemoryError) as error:
+        raise DecodeError(f"{delivery.source}: its message could not be fetched: {error}") from error
 
 
-_dialled = _Dialled()
-
-
-def _in_words(error: FlarebusError) -> str:
+def _in_words(error: BaseException) -> str:
     return str(getattr(error, "text", "") or error)
