@@ -203,8 +203,11 @@ class Cell:
 
         Raises:
             EncodeError: `value` may not travel.
+            UsageError: `source` is no name of this cell; the router would drop the message.
             Closed: this cell was closed before. All other errors come through the pending delivery.
         """
+        if source and source not in self._names:
+            raise UsageError(f"{self.address} cannot speak as {source!r}")
         pending: Pending[Delivery] = Pending()
         number = self._requests.new_id()
         message = self._message(target, Kind.REQUEST, number, channel, topic, value, payload, timeout, source)

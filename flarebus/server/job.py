@@ -379,7 +379,10 @@ class ServerJob:
             delivery.fail(DecodeError(f"result cannot be read: {problem}"))
             return
         if self.roster.runs(delivery.source, site) and not self._may_hold(delivery, site):
-            delivery.reply({"accepted": False, "reason": "its arrays are held by somebody else"})
+            reason = "its arrays are held by somebody else"
+            if self._open is not None and number == self._open.number:
+                self._fail(site, reason)  # it has answered, and nobody waits for a better answer
+            delivery.reply({"accepted": False, "reason": reason})
             return
         self._take_result(Arrived(site, delivery, body), number, error)
 
@@ -462,6 +465,7 @@ class ServerJob:
         except (FlarebusError, OSError, MemoryError) as error:
             if isinstance(error, SourceLost) and self._is_trainer(error.holder, arrived.site):
                 # The task stays open: its host knows how the trainer ended, and whether there will be another one.
+                open_task.line_up_again()
                 arrived.delivery.fail(error)
             else:
                 self._fail(arrived.site, f"its result could not be fetched: {error}")

@@ -123,6 +123,10 @@ class OpenTask:
     def forget(self, site: str) -> None:
         """The result of `site` cannot be fetched any more; another one may arrive."""
         self.remove(site)
+        self.line_up_again()
+
+    def line_up_again(self) -> None:
+        """A site whose result was removed may answer once more, and has its place in the order."""
         if self.in_order:
             self._line.clear()
             self._lined = 0

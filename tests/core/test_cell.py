@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flarebus.cell import Cell
+from flarebus.cell import Cell, Payload
 from flarebus.delivery import Delivery
 from flarebus.errors import (
     Closed,
@@ -27,6 +27,7 @@ from flarebus.errors import (
     UsageError,
 )
 from flarebus.loop import Loop
+from flarebus.pending import Pending
 from flarebus.transfer import CHUNK_BYTES
 from tests.core.bus import ARRANGEMENTS, WAIT_S, Bus, collector, error_of, value_of, wait_for
 
@@ -602,3 +603,71 @@ def test_loops_may_be_shared(one_bus: Bus) -> None:
 
     assert value_of(third.request("other", "test", "echo", 3)) == 3
     loop.stop()
+
+
+# --- in the name of somebody, and on behalf of somebody
+
+
+def test_a_cell_asks_as_one_of_its_aliases(bus: Bus) -> None:
+    """Who is asked sees the alias, and its answer finds the way back, large arrays included."""
+    asker, answerer = bus.near(aliases=["site-1.job"]), bus.far()
+    answerer.on("test", "who", lambda delivery: {"who": delivery.source, "back": delivery.value()})
+    sent = np.arange(MIB, dtype=np.float32)
+
+    answer = value_of(asker.request("answerer", "test", "who", sent, source="site-1.job"))
+
+    assert answer["who"] == "site-1.job"
+    np.testing.assert_array_equal(answer["back"], sent)
+    assert asker.statistics().offers_held == 0
+
+
+def test_a_cell_asks_as_nobody_else(bus: Bus) -> None:
+    """A name that does not lead here would be dropped by a router: it is an error at once."""
+    asker = bus.near(aliases=["site-1.job"])
+
+    for name in ("site-2.job", "site-1", "answerer"):
+        with pytest.raises(UsageError, match="cannot speak as"):
+            asker.request("answerer", "test", "who", source=name)
+
+
+def test_what_is_encoded_already_is_shared_as_it_is(bus: Bus) -> None:
+    """Buffers travel without another encode: small ones in the message, large ones from where they lie."""
+    asker, answerer = bus.near(), bus.far()
+    answerer.on("test", "lengths", lambda delivery: [bytes(buffer) for buffer in delivery.pull().result(WAIT_S)])
+    for size in (10, MIB):
+        buffers = [bytes([number]) * size for number in range(3)]
+        payload = asker.share_encoded(b"body", buffers, ["answerer"])
+
+        came = value_of(asker.request("answerer", "test", "lengths", payload.body, payload=payload))
+
+        assert came == buffers
+        assert (payload.body, payload.nbytes) == (b"body", 3 * size)
+        assert asker.statistics().offers_held == (size == MIB)
+        asker.withdraw(payload)
+        assert asker.statistics().offers_held == 0
+
+
+def test_a_manifest_is_passed_on_and_the_bytes_go_round_the_one_between(bus: Bus) -> None:
+    """A third cell hands a message on: its target pulls from the holder, and nothing goes through the third."""
+    holder, target = bus.far("holder"), bus.near("target.job.0")
+    between = bus.near("between")
+    target.on("test", "sum", lambda delivery: sum(memoryview(each)[0] for each in delivery.pull().result(WAIT_S)))
+
+    def pass_on(delivery: Delivery) -> None:
+        def answered(done: Pending[Delivery]) -> None:
+            error = done.error()
+            delivery.reply(done.result().value()) if error is None else delivery.fail(error)
+
+        payload = Payload(b"", None, delivery.message.manifest)
+        between.request("target.job.0", "test", "sum", payload=payload).on_done(answered)
+
+    between.inbox("test", "pass", pass_on)
+    payload = holder.share_encoded(b"", [bytes([n]) * MIB for n in (1, 2, 3)], ["target.job"])
+
+    assert value_of(holder.request("between", "test", "pass", payload=payload)) == 6
+    passed, took = between.statistics(), target.statistics()
+    assert (passed.bytes_pulled, passed.bytes_served) == (0, 0)
+    assert (took.bytes_pulled, holder.statistics().bytes_served) == (3 * MIB, 3 * MIB)
+    assert holder.moved_bytes == took.bytes_pulled
+    holder.withdraw(payload)
+    assert isinstance(error_of(holder.request("between", "test", "pass", payload=payload)), SourceLost)

@@ -542,3 +542,29 @@ def test_progress_is_all_that_keeps_a_pull_alive() -> None:
     assert pull.next_event() == now + 30
     assert not pull.is_lost(now + 29.999)
     assert pull.is_lost(now + 30)
+
+
+@pytest.mark.parametrize(
+    ("receiver", "is_served"),
+    [
+        ("site-1.job", True),
+        ("site-1.job.0", True),
+        ("site-1.job.0.nonce", True),
+        ("site-1", False),
+        ("site-1.jobs", False),
+        ("site-1.jo", False),
+        ("site-1.job2.0", False),
+        ("site-11.job", False),
+        ("job", False),
+        ("x.site-1.job", False),
+        ("", False),
+        (".", False),
+        (".site-1.job", False),
+    ],
+)
+def test_an_offer_is_for_whoever_lives_under_a_named_address(receiver: str, is_served: bool) -> None:
+    """A receiver's own subtree may pull; neither its parents, nor its neighbours, nor names that only look alike."""
+    offers = Offers(HOLDER)
+    offers.add(TRANSFER, filled([CHUNK]), ["site-1.job"], 0.0)
+
+    assert (offers.serve(receiver, TRANSFER, 0, CHUNK, 0.0) is not None) == is_served

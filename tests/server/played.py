@@ -25,7 +25,19 @@ from flarebus.server.job import ServerJob
 from flarebus.wire import bundle
 from flarebus.workflow.controller import Task
 
-__all__ = ["BIG", "LIMIT_S", "SERVER", "Bus", "MemoryArchive", "PlayedHost", "a_job", "task", "told", "update"]
+__all__ = [
+    "BIG",
+    "LIMIT_S",
+    "SERVER",
+    "Bus",
+    "MemoryArchive",
+    "PassingHost",
+    "PlayedHost",
+    "a_job",
+    "task",
+    "told",
+    "update",
+]
 
 LIMIT_S = 30.0
 SERVER = "server.job"
@@ -87,23 +99,27 @@ class MemoryArchive:
 class PlayedHost:
     """A host of some sites; what it does is up to the test."""
 
-    def __init__(self, bus: Bus, name: str, sites: Sequence[str]) -> None:
+    def __init__(self, bus: Bus, name: str, sites: Sequence[str], external: Sequence[str] = ()) -> None:
         self.address = name
         self.sites = list(sites)
+        self.external = list(external)
         self.cell = Cell.attach(name, bus.router, bus.loop)
         self.work: queue.SimpleQueue[Work] = queue.SimpleQueue()
         self.cancelled: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self.ended: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.refused: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self.cell.on("task", "assign", self._assign)
+        self._hear_tasks()
         self.cell.on("task", "cancel", lambda delivery: self.cancelled.put(delivery.value()))
         self.cell.on("task", "refused", lambda delivery: self.refused.put(delivery.value()))
         self.cell.on("task", "end", lambda delivery: self.ended.put(delivery.value()["reason"]))
         self.join()
 
+    def _hear_tasks(self) -> None:
+        self.cell.on("task", "assign", self._assign)
+
     def join(self) -> None:
         """Say who is here; the job knows when this returns."""
-        self.ask("join", {"sites": self.sites}).result(LIMIT_S)
+        self.ask("join", {"sites": self.sites, "external": self.external}).result(LIMIT_S)
 
     def ask(self, topic: str, value: Any) -> Pending[Delivery]:
         return self.cell.request(SERVER, "task", topic, value)
@@ -151,6 +167,20 @@ class PlayedHost:
         self.work.put(Work(fields["number"], fields["task"], fields["round"], fields["sites"], model))
 
 
+class PassingHost(PlayedHost):
+    """A host whose sites have trainers: it passes manifests on, and pulls nothing itself."""
+
+    def pass_on(self, site: str, number: int, trained: Payload) -> Pending[Delivery]:
+        """Answer with a result whose arrays somebody else holds."""
+        fields = {"site": site, "number": number, "error": None, "model": trained.body}
+        return self.cell.request(SERVER, "task", "result", fields, payload=trained)
+
+    def _hear_tasks(self) -> None:
+        self.deliveries: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+        """The assignments, unopened."""
+        self.cell.inbox("task", "assign", self.deliveries.put)
+
+
 class Bus:
     """The server's end: loop, router, job; and a thread for its controller."""
 
@@ -168,11 +198,24 @@ class Bus:
 
     def host(self, name: str, *sites: str) -> PlayedHost:
         """A host that has joined; while it joins, the controller's thread listens."""
+        return self._joined(sites, lambda: PlayedHost(self, name, sites))
+
+    def passing_host(self, name: str, *sites: str) -> PassingHost:
+        """Likewise, a host of sites with trainers."""
+        host = self._joined(sites, lambda: PassingHost(self, name, sites, sites))
+        assert isinstance(host, PassingHost)
+        return host
+
+    def _joined(self, sites: Sequence[str], make: Callable[[], PlayedHost]) -> PlayedHost:
         heard = self.start(lambda: self.job.wait_for_sites(sites, LIMIT_S))
-        host = PlayedHost(self, name, sites)
+        host = make()
         heard.result(LIMIT_S)
         self._hosts.append(host)
         return host
+
+    def trainer(self, address: str) -> Cell:
+        """A cell for a trainer; closed with the bus at the latest."""
+        return Cell.attach(address, self.router, self.loop)
 
     def back(self, name: str, *sites: str) -> PlayedHost:
         """A host that joins while a controller runs."""
