@@ -130,6 +130,7 @@ class Trainer:
         self._watcher = watcher
         self._run_inside = run_inside
         self._token = secrets.token_urlsafe(32)
+        self._link = secrets.token_hex(8)
         self._client_config = dict(client_config)
         self._config_file = folder / CONFIG_FILE
         self._pipe_of: dict[PipeHandler, Pipe] = {}
@@ -231,6 +232,7 @@ class Trainer:
             "secure_mode": ground.keys is not None,
             "workspace_dir": str(self._folder),
             "cell": ground.cell,
+            "link": self._link,
         }
         with code_folder_first(self._code_dir):
             pipe = make_pipe(self._pipe_name, self._pipe_args, context, Mode.PASSIVE)

@@ -58,11 +58,15 @@ def fields_of(delivery: Delivery) -> tuple[str, str, bytes | None]:
     return name, head, body
 
 
+def _link_of(name: str) -> str:
+    return name.partition(".")[2]
+
+
 class Hub:
     """All pipe ends of one cell.
 
     The channel of a trainer's second rank is opened when the first one has said that there are more. A word that comes
-    for it before that waits, as long as the client job listens on some channel of its address.
+    for it before that waits, as long as the client job listens on some channel of the same link.
     """
 
     def __init__(self, cell: Cell) -> None:
@@ -112,13 +116,16 @@ class Hub:
         end = self._ends.get((target, name))
         if end is not None:
             end.take(delivery)
-        elif len(self._early) < MAX_EARLY and self._has_client_job(target):
+        elif len(self._early) < MAX_EARLY and self._has_client_job(target, _link_of(name)):
             self._early.append(delivery)
         else:
             delivery.fail(NoRoute(target, f"nobody listens on channel {name!r}"))
 
-    def _has_client_job(self, target: str) -> bool:
-        return any(address == target and end.mode is Mode.PASSIVE for (address, _), end in self._ends.items())
+    def _has_client_job(self, target: str, link: str) -> bool:
+        return any(
+            (address, _link_of(name), end.mode) == (target, link, Mode.PASSIVE)
+            for (address, name), end in self._ends.items()
+        )
 
     def _gone(self, names: Sequence[str]) -> None:
         gone = set(names)

@@ -63,6 +63,8 @@ class CellPipe(Pipe):
         cell: the client job's own cell, to which `<site_name>.<token>` leads; PASSIVE only. Without it the client job's
             end dials, as a trainer's does.
         rank: of the trainer's process; ACTIVE only.
+        link: which of the links of this site and job it is: a trainer of an earlier one that is about to end must not
+            be taken for that of the next.
         keys: CURVE keys of whoever dials: its ``public`` and ``secret`` one and that of the ``server``.
 
     Raises:
@@ -82,6 +84,7 @@ class CellPipe(Pipe):
         *,
         cell: Cell | None = None,
         rank: int = 0,
+        link: str = "",
         keys: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(mode)
@@ -92,6 +95,7 @@ class CellPipe(Pipe):
             "root_url": root_url,
             "secure_mode": secure_mode,
             "workspace_dir": workspace_dir,
+            "link": check_name(link, "link") if link else "",
         }
         self._given_cell = cell if self.mode is Mode.PASSIVE else None
         if self._given_cell is None and not root_url:
@@ -127,7 +131,8 @@ class CellPipe(Pipe):
         if self._cell is not None:
             raise UsageError(f"{self.address}: channel {self._name!r} is open already")
         check_name(name, "channel")
-        self._name, self._broken, self._last_active = name, "", 0.0
+        link = self._arguments["link"]
+        self._name, self._broken, self._last_active = f"{name}.{link}" if link else name, "", 0.0
         self._incoming = queue.SimpleQueue()
         self._met.clear()
         # A trainer knows the name of its peer; the client job learns it from the greeting.
@@ -135,7 +140,7 @@ class CellPipe(Pipe):
         cell = self._given_cell or dialled.get(self._endpoint())
         self._cell = cell
         try:
-            hub_of(cell).listen(self._own_address(cell), name, self)
+            hub_of(cell).listen(self._own_address(cell), self._name, self)
         except UsageError:
             self._cell = None
             self._hang_up()
