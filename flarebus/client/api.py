@@ -103,14 +103,17 @@ def init(rank: str | int | None = None, config_file: str | None = None) -> APICo
         The context. The same arguments again give the same one, with a warning. The first becomes the default.
 
     Raises:
-        ClientApiError: no job runs this script, or the client job refuses it.
+        ClientApiError: no job runs this script, the client job refuses it, or it is a trainer that has left its client
+            job before.
         ConfigError: an argument has a wrong type, or the client configuration is wrong.
         LinkError: the client job that the configuration names is not there.
     """
     if config_file is not None and not isinstance(config_file, str | os.PathLike):
         raise ConfigError("config_file", config_file, "a path, or None")
     key = (_checked_rank(rank), None if config_file is None else os.fspath(config_file))
-    seat = seat_of_caller() or _process_seat(*key)
+    seat = seat_of_caller()
+    if seat is None or seat.closed:
+        seat = _process_seat(*key) or seat
     if seat is None:
         raise ClientApiError(
             "flare.init(): no job runs this script, so there is nobody to get a model from. Name it as train_script "

@@ -235,7 +235,7 @@ class ServerJob:
             reasons = sorted(set(self.roster.dead.values()))
             raise JobFailed("no site could be started: " + "; ".join(reasons[:3]))
 
-    def end(self, reason: str) -> list[str]:
+    def end(self, reason: str, aborted: bool = False) -> list[str]:
         """Tell every host that there is no more work; the hosts that were told, which are those that are there.
 
         Whoever still has something to say is answered, but nothing counts any more.
@@ -247,7 +247,7 @@ class ServerJob:
             self._events.get()()
         hosts = self.roster.hosts
         for host in hosts:
-            self._cell.notify(host, "task", "end", {"reason": reason})
+            self._cell.notify(host, "task", "end", {"reason": reason, "aborted": aborted})
         return hosts
 
     def _close_broadcast(self) -> None:

@@ -29,6 +29,7 @@ from flarebus.server.job import ServerJob
 from flarebus.server.pool import HostEnd, WorkerPool, share_cores, spread
 from flarebus.server.socket_folder import SocketFolder
 from flarebus.site.host import HostedSite, SiteHost
+from flarebus.site.trainer import CONFIG_FILE
 
 __all__ = ["Simulation", "start_simulation"]
 
@@ -39,6 +40,8 @@ START_S = 120.0
 # After the job has ended the workers' scripts come to their end: one that computes may finish, unless nobody wants it.
 END_S = 15.0
 ABORT_S = 2.0
+# The same if they have trainers, which are asked first and then made to.
+ABORT_TRAINERS_S = 6.0
 
 
 def start_simulation(
@@ -155,6 +158,7 @@ class Simulation:
             pool.kill()
         if sockets is not None:
             sockets.remove()
+        self._remove_secrets()
 
     # -- on the job's thread from here on --
 
@@ -261,15 +265,23 @@ class Simulation:
             told = server_job.end("completed")
         except JobError as error:
             # The scripts are well: let them come to their end, as after the last round.
-            told = server_job.end(f"the job has ended: {error}")
+            told = server_job.end(f"the job has ended: {error}", aborted=isinstance(error, JobAborted))
             raise
         finally:
             pool.stop(told, self._patience_s())
+            self._remove_secrets()
+
+    def _remove_secrets(self) -> None:
+        """Remove what a host leaves that was killed: the configuration of its trainers."""
+        for site in self._sites:
+            with suppress(OSError):
+                self.run_dir.joinpath(site, CONFIG_FILE).unlink()
+                self.run_dir.joinpath(site, CONFIG_FILE).parent.rmdir()
 
     def _patience_s(self) -> float:
         """How long workers may take to leave by themselves."""
         if self._aborted_by is not None:
-            return ABORT_S
+            return ABORT_TRAINERS_S if any(self._job.site_config(site).is_external for site in self._sites) else ABORT_S
         return END_S + max(self._job.site_config(site).shutdown_timeout for site in self._sites)
 
     @contextmanager
@@ -294,16 +306,16 @@ class Simulation:
         )
         thread = threading.Thread(target=_run_host, args=(host,), name="flarebus host", daemon=True)
         thread.start()
-        reason = "the job has ended"
+        reason, aborted = "the job has ended", False
         try:
             yield
             reason = "completed"
         except JobError as error:
-            reason = f"{reason}: {error}"
+            reason, aborted = f"{reason}: {error}", isinstance(error, JobAborted)
             raise
         finally:
-            server_job.end(reason)
-            host.end(reason)
+            server_job.end(reason, aborted)
+            host.end(reason, aborted)
             thread.join()
 
     def _listen(self, stack: ExitStack, router: Router) -> tuple[str, dict[str, str] | None, dict[str, str] | None]:

@@ -18,22 +18,22 @@ from typing import Any
 
 from flarebus.cell import Payload
 from flarebus.client.config import ClientConfig
-from flarebus.client.ex_process.words import CANCEL, RESULT, TASK, pack, unpack
-from flarebus.codec import decode, encode
+from flarebus.client.ex_process.words import CANCEL, LEFT, RESULT, TASK, pack, unpack
+from flarebus.codec import encode
 from flarebus.delivery import Delivery
 from flarebus.errors import FlarebusError, SourceLost
 from flarebus.job.site_config import SiteConfig
 from flarebus.message import Buffer
-from flarebus.model import FLModel
 from flarebus.pending import Pending
 from flarebus.pipes import Message, Topic
 from flarebus.site.launcher import TrainerExit
 from flarebus.site.output import SiteLogs
 from flarebus.site.trainer import CONFIG_FILE, Ground, Process, Trainer
+from flarebus.site.work import Work, cause_of, model_of, real_error
 from flarebus.slab import unbundle
 from flarebus.workflow.filter import FilterChain, FilterTask
 
-__all__ = ["ExternalSite", "Work"]
+__all__ = ["ExternalSite"]
 
 log = logging.getLogger(__name__)
 
@@ -43,30 +43,10 @@ MAX_LIVES = 2
 LEAVE_S = 10.0
 # How long a process that is in the way may take after TERM.
 HUNG_S = 3.0
+# The same when the job was aborted and nobody wants anything of it any more.
+ABORT_LEAVE_S, ABORT_HUNG_S = 0.5, 1.0
 # A connection that broke is mostly that of a process that is about to end; one that still lives after this long hangs.
 SUSPECT_S = 1.0
-
-
-class Work:
-    """A task as the server sent it.
-
-    Args:
-        number: of the broadcast.
-        fields: name, round, total_rounds.
-        body: the encoded model.
-        delivery: the message that it came with, which leads to its buffers.
-    """
-
-    __slots__ = ("body", "delivery", "fields", "lives", "number", "result")
-
-    def __init__(self, number: int, fields: Mapping[str, Any], body: bytes, delivery: Delivery) -> None:
-        self.number = number
-        self.fields = dict(fields)
-        self.body = body
-        self.delivery = delivery
-        self.lives = 0
-        self.result: Message | None = None
-        """What the trainer answered, on its way to the server."""
 
 
 class ExternalSite:
@@ -115,6 +95,7 @@ class ExternalSite:
         # Why the last life ended before it had anything to do.
         self._stillborn = ""
         self._ended: str | None = None
+        self._is_over = False
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"flarebus trainer of {site}", daemon=True)
 
@@ -134,9 +115,9 @@ class ExternalSite:
         """Task `number` is not wanted any more."""
         self._events.put(lambda: self._cancelled(number))
 
-    def end(self, reason: str) -> None:
-        """No more work: the trainer is told, and leaves. Returns at once."""
-        self._events.put(lambda: self._end(reason))
+    def end(self, reason: str, aborted: bool = False) -> None:
+        """No more work: the trainer is told, and leaves; soon, if the job was aborted. Returns at once."""
+        self._events.put(lambda: self._end(reason, aborted))
 
     def wait_ended(self, timeout: float) -> bool:
         """Wait until the trainer has left; False if the time was up first."""
@@ -173,7 +154,7 @@ class ExternalSite:
 
     def _run(self) -> None:
         try:
-            while not self._left.is_set():
+            while not self._is_over:
                 self._step()
         finally:
             if self._life is not None:
@@ -209,12 +190,17 @@ class ExternalSite:
             self._fail_stillborn()
             return
         self._life, self._is_leaving = life, False
-        limit_s = config.launch_timeout
-        if limit_s is not None:
-            late = f"its trainer did not call flare.init() within {limit_s:g} s"
-            self._wait(limit_s, lambda: self._give_life_up(late))
-        if self._config.attach:
+        if config.attach:
             self._logs.note(self.site, "INFO", f"waiting for a trainer with {self._folder / CONFIG_FILE}")
+        if self._work is not None or not config.attach:
+            self._expect()
+
+    def _expect(self) -> None:
+        """The trainer is due, within limits: since it was launched, or, with attach, since there is work for it."""
+        limit_s = self._config.launch_timeout
+        if limit_s is not None:
+            what = "no trainer was attached" if self._config.attach else "its trainer did not call flare.init()"
+            self._wait(limit_s, lambda: self._give_life_up(f"{what} within {limit_s:g} s"))
 
     def _ready(self, life: Trainer, rank: int) -> None:
         if life is not self._life or self._ended is not None:
@@ -227,19 +213,28 @@ class ExternalSite:
     def _assigned(self, work: Work) -> None:
         if self._ended is not None:
             return
+        self._close_work()
         self._work = work
         if self._stillborn:
             self._fail_stillborn()
-        elif self._life is None:
+        elif (life := self._life) is None:
             self._begin_life()
-        elif not self._is_leaving:
-            self._hand_out(work, list(self._life.ranks))
+        elif self._is_leaving:  # its end begins the next life
+            if self._patience is None:
+                self._wait(self.leave_s, lambda: life.end(HUNG_S))
+        elif life.ranks:
+            self._hand_out(work, list(life.ranks))
+        elif self._patience is None:
+            self._expect()
 
     def _hand_out(self, work: Work, ranks: Sequence[int]) -> None:
         """Give the task to ranks of the trainer; arrays stay where they are unless somebody wants to see them."""
         life = self._life
         assert life is not None
         if not ranks:
+            return
+        if work.filtered is not None:
+            self._give_own(work, ranks, *work.filtered)
             return
         chain = self._input_filters.for_task(work.fields["name"])
         manifest = work.delivery.message.manifest
@@ -272,26 +267,51 @@ class ExternalSite:
             return
         try:
             buffers = arrived.result()
-            if body is None:
+            if body is None and work.filtered is not None:
+                body, buffers = work.filtered
+            elif body is None:
                 chain = self._input_filters.for_task(work.fields["name"])
                 # A copy of its own: other sites of this host read the same memory.
-                model = chain.apply(_model(work.body, buffers, copy=True), self._filter_task(work))
-                body, buffers = encode(model)
+                model = chain.apply(model_of(work.body, buffers, copy=True), self._filter_task(work))
+                body, buffers = work.filtered = encode(model)
         except (FlarebusError, MemoryError, OSError) as error:
             self._fail(f"could not take the task: {error}")
             return
-        self._give(work, ranks, body, buffers, None)
+        self._give_own(work, ranks, body, buffers)
+
+    def _give_own(self, work: Work, ranks: Sequence[int], body: bytes, buffers: Sequence[Buffer]) -> None:
+        """Give the task with arrays that are here. A trainer that fetches arrays does so after it has the message, so
+        they stay on offer until the task is closed."""
+        assert self._life is not None
+        if not self._life.passes_manifests:
+            self._give(work, ranks, body, buffers, None)
+            return
+        if work.offer is None:
+            readers = (f"{self.site}.{self._ground.job_id}",)
+            work.offer = self._ground.cell.share_encoded(b"", buffers, readers)
+        bundle = work.offer.bundle
+        self._give(work, ranks, body, () if bundle is None else unbundle(bundle), work.offer.manifest)
 
     def _give(self, work: Work, ranks: Sequence[int], body: bytes, buffers: Sequence[Buffer], manifest: Any) -> None:
-        assert self._life is not None
+        life = self._life
+        assert life is not None
         fields = pack(number=work.number, model=body, **work.fields)
+
+        def done(sent: Pending[bool]) -> None:
+            self._events.put(lambda: self._given(life, work, sent))
+
         for rank in ranks:
-            self._life.send(rank, Message(TASK, fields, buffers, manifest=manifest))
+            life.send(rank, Message(TASK, fields, buffers, manifest=manifest)).on_done(done)
+
+    def _given(self, life: Trainer, work: Work, sent: Pending[bool]) -> None:
+        error = real_error(sent)
+        if error is not None and life is self._life and work is self._work:
+            self._fail(f"the task could not be handed to its trainer: {error}")
 
     def _cancelled(self, number: int) -> None:
         if self._work is None or self._work.number != number:
             return
-        self._work = None
+        self._close_work()
         if self._life is not None:
             for rank in list(self._life.ranks):
                 self._life.send(rank, Message(CANCEL, pack(number=number)))
@@ -299,19 +319,22 @@ class ExternalSite:
     # -- results --
 
     def _said(self, life: Trainer, rank: int, message: Message) -> None:
+        if message.topic == LEFT and rank == 0:
+            life.holds = unpack(message.body, number=int)["number"]
+            return
         if message.topic != RESULT or rank != 0:
             life.fail(rank, message, FlarebusError(f"topic {message.topic!r} of rank {rank} is not known"))
             return
         fields = unpack(message.body, number=int, error=(str, type(None)), model=bytes)
         work = self._work
         if life is not self._life or work is None or work.number != fields["number"] or self._ended is not None:
-            life.answer(0, message, accepted=False, reason=self._ended or "the round is closed")
+            self._answer(life, message, self._ended or "the round is closed")
             return
         if work.result is not None:
-            life.answer(0, message, accepted=False, reason="this task is answered already")
+            self._answer(life, message, "this task is answered already")
             return
         if fields["error"] is not None:
-            life.answer(0, message, accepted=True, reason="")
+            self._answer(life, message, "")
             self._fail(fields["error"])
             return
         work.result = message
@@ -341,7 +364,7 @@ class ExternalSite:
         if work is not self._work or work.result is None:
             return
         try:
-            model = chain.apply(_model(body, arrived.result(), copy=False), self._filter_task(work))
+            model = chain.apply(model_of(body, arrived.result(), copy=False), self._filter_task(work))
             body, buffers = encode(model)
         except SourceLost as error:
             self._not_taken(life, work, error)
@@ -350,6 +373,21 @@ class ExternalSite:
             self._refuse_result(life, work.result, error)
             return
         self._forward(life, work, body, self._shared(buffers))
+
+    def _answer(self, life: Trainer, message: Message, refused: str) -> None:
+        """Say what became of a result; a trainer that cannot be told would wait for it."""
+        life.n_answered += 1
+
+        def done(sent: Pending[bool]) -> None:
+            error = real_error(sent)
+            if error is not None:
+                self._events.put(lambda: self._speechless(life, error))
+
+        life.answer(0, message, accepted=not refused, reason=refused).on_done(done)
+
+    def _speechless(self, life: Trainer, error: BaseException) -> None:
+        if life is self._life:
+            self._give_life_up(f"its trainer could not be answered: {error}")
 
     def _refuse_result(self, life: Trainer, message: Message, error: Exception) -> None:
         """A result that a filter failed on does not leave the site."""
@@ -380,16 +418,16 @@ class ExternalSite:
             self._not_taken(life, work, error)
             return
         if work is self._work:
-            self._work = None
+            self._close_work()
         if error is not None:
             life.fail(0, message, error)
             return
         verdict = answer.result().plain()
         if not verdict["accepted"]:
             self._logs.note(self.site, "WARNING", f"the server did not use the result: {verdict['reason']}")
-        life.answer(0, message, accepted=verdict["accepted"], reason=verdict["reason"])
+        self._answer(life, message, "" if verdict["accepted"] else verdict["reason"])
         if life is self._life and not self._config.launch_once and not self._config.attach:
-            self._let_go(life, "this trainer was for one task", self.leave_s)
+            self._let_go(life, "this trainer was for one task")
 
     def _not_taken(self, life: Trainer, work: Work, error: SourceLost) -> None:
         """The result vanished with whoever held it: its task is open again."""
@@ -407,16 +445,46 @@ class ExternalSite:
     # -- the end of lives --
 
     def _lost(self, life: Trainer, rank: int, topic: str, reason: str) -> None:
-        if life is not self._life or self._ended is not None:
+        if life is not self._life:
             return
-        if self._config.attach:
+        if self._ended is not None:
+            if self._config.attach and rank == 0:
+                self._finish()
+        elif not life.ranks:
+            self._reopen(life)
+        elif topic != Topic.PEER_GONE:
+            if rank == 0:
+                self._left_early(life)
+        elif self._config.attach:
             # There is no process to look at: whoever started it may start another one.
-            said = "left without answering its task" if topic == Topic.END else f"is gone: {reason}"
-            self._bury(life, f"its trainer {said}", was_killed=topic == Topic.PEER_GONE)
+            self._bury(life, f"its trainer is gone: {reason}", was_killed=True)
             self._begin_life()
-        elif topic == Topic.PEER_GONE and not self._is_leaving:
+        elif not self._is_leaving:
+            life.lost = reason
             # Its process ends, and that will say more; or it hangs.
             self._wait(SUSPECT_S, lambda: self._give_life_up(f"its trainer process hangs: {reason}"))
+
+    def _reopen(self, life: Trainer) -> None:
+        """Whoever came first was not welcome, and has left: the right one may still come."""
+        try:
+            life.reopen()
+        except (FlarebusError, OSError) as error:
+            self._give_life_up(f"its pipe cannot be opened again: {error}")
+
+    def _left_early(self, life: Trainer) -> None:
+        """The script said goodbye while the job goes on."""
+        said = "its trainer left without answering its task"
+        if self._config.attach:
+            self._bury(life, said, was_killed=False)
+            self._begin_life()
+        elif self._work is not None and self._work.result is None and life.took(self._work.number):
+            # Mostly its process ends now, and that will say more.
+            self._wait(self.leave_s, lambda: self._give_life_up(f"{said}, and its process does not end"))
+        else:
+            # It may do what it likes until there is work for another one.
+            self._is_leaving, self._patience = True, None
+            if self._work is not None:
+                self._wait(self.leave_s, lambda: life.end(HUNG_S))
 
     def _exited(self, life: Trainer, end: TrainerExit) -> None:
         if life is not self._life:
@@ -424,12 +492,12 @@ class ExternalSite:
         described = end.describe()
         self._logs.note(self.site, "INFO" if end.code == 0 or end.was_ended else "ERROR", described)
         if self._ended is not None:
-            life.close()
-            self._left.set()
+            self._finish()
             return
-        if self._work is None and not life.ranks:
+        was_killed = end.signal is not None and not end.was_ended
+        if self._work is None and not (life.has_come or was_killed or end.was_ended):
             self._stillborn = described
-        self._bury(life, _cause(end, described), was_killed=end.signal is not None and not end.was_ended)
+        self._bury(life, cause_of(end, described, life.lost), was_killed)
 
     def _bury(self, life: Trainer, cause: str, was_killed: bool) -> None:
         was_leaving, self._is_leaving = self._is_leaving, False
@@ -438,7 +506,9 @@ class ExternalSite:
         work = self._work
         if work is None or work.result is not None:
             return
-        if was_leaving:  # the task came when this life had done its own
+        if was_leaving or not (was_killed or life.took(work.number)):  # the task came when this life was done
+            if life.lost:
+                self._logs.note(self.site, "WARNING", f"{cause}; it is started again for the same task")
             self._begin_life()
         else:
             self._try_again(cause, was_killed)
@@ -461,25 +531,36 @@ class ExternalSite:
     def _give_life_up(self, cause: str) -> None:
         """This life will not answer any more."""
         self._logs.note(self.site, "ERROR", cause)
-        self._fail(cause)
-        if self._life is not None and not self._config.attach:
+        life = self._life
+        if life is not None and not self._config.attach:
+            if self._work is None and not life.has_come:
+                self._stillborn = cause
             self._is_leaving = True
-            self._life.end(HUNG_S)
+            life.end(HUNG_S)
+        self._fail(cause)
 
-    def _let_go(self, life: Trainer, reason: str, seconds: float) -> None:
+    def _let_go(self, life: Trainer, reason: str) -> None:
         """Tell a trainer that there is nothing more for it; it has some time to leave by itself."""
         self._is_leaving = True
         life.say_end(reason)
-        self._wait(seconds, lambda: life.end(HUNG_S))
+        self._wait(self.leave_s, lambda: life.end(HUNG_S))
 
     def _fail(self, reason: str) -> None:
         """Answer the open task with a reason."""
-        work, self._work = self._work, None
+        work = self._close_work()
         if work is None or self._ended is not None:
             return
+        self._logs.note(self.site, "ERROR", f"the task of round {work.fields['round']} failed: {reason}")
         fields = {"site": self.site, "number": work.number, "error": reason, "model": b""}
         with contextlib.suppress(FlarebusError):  # the host has ended: nobody asks any more
             self._ground.cell.request(self._ground.server, "task", "result", fields)
+
+    def _close_work(self) -> Work | None:
+        """The task that was open, and is not any more."""
+        work, self._work = self._work, None
+        if work is not None and work.offer is not None:
+            self._ground.cell.withdraw(work.offer, wait=False)
+        return work
 
     def _fail_stillborn(self) -> None:
         """Answer with why the trainer never came; the next task gets another try."""
@@ -487,31 +568,30 @@ class ExternalSite:
             cause, self._stillborn = self._stillborn, ""
             self._fail(cause)
 
-    def _end(self, reason: str) -> None:
+    def _end(self, reason: str, aborted: bool) -> None:
         if self._ended is not None:
             return
-        self._ended, self._work, self._patience = reason, None, None
+        self._close_work()
+        self._ended, self._patience = reason, None
         life = self._life
-        if life is None or (not life.ranks and self._config.attach):
-            self._left.set()
-            return
-        if self._config.attach:
-            life.say_end(reason)
-            self._left.set()
+        if life is None:
+            self._finish()
+        elif self._config.attach:
+            life.say_end(reason, aborted)
+            if aborted or not life.ranks:
+                self._finish()
+            else:  # its last metrics may be on their way
+                self._wait(self.leave_s, self._finish)
+        elif aborted:
+            life.say_end(reason, aborted)
+            self._wait(ABORT_LEAVE_S, lambda: life.end(ABORT_HUNG_S))
         elif self._is_leaving:
             self._wait(self.leave_s, lambda: life.end(HUNG_S))
-        elif life.ranks:
-            self._let_go(life, reason, self.leave_s)
+        elif life.has_come:
+            self._let_go(life, reason)
         else:  # it has not come yet, and has nothing to finish
             life.end(HUNG_S)
 
-
-def _model(body: bytes, buffers: Sequence[Buffer], *, copy: bool) -> FLModel:
-    model = decode(body, buffers, copy=copy)
-    if type(model) is not FLModel:
-        raise FlarebusError("it is not an FLModel")
-    return model
-
-
-def _cause(end: TrainerExit, described: str) -> str:
-    return f"{described}; it did not answer its task" if end.code == 0 else described
+    def _finish(self) -> None:
+        """Nobody is waited for any more."""
+        self._is_over = True

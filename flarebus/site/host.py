@@ -26,7 +26,7 @@ from flarebus.message import Buffer
 from flarebus.pending import Pending
 from flarebus.site.client_config import make_client_config
 from flarebus.site.engine import SharedModel, SiteEngine
-from flarebus.site.external import HUNG_S, ExternalSite, Work
+from flarebus.site.external import HUNG_S, ExternalSite
 from flarebus.site.inside import InsideTrainer
 from flarebus.site.launcher import TrainerExit
 from flarebus.site.outbox import ResultOutbox
@@ -34,6 +34,7 @@ from flarebus.site.output import SiteLogs
 from flarebus.site.script import CodeCache, Outcome, SiteScript
 from flarebus.site.trainer import Ground
 from flarebus.site.turn import Turnstile
+from flarebus.site.work import Work
 from flarebus.slab import SlabPool
 from flarebus.wire import MAX_CARRIED_BYTES
 from flarebus.workflow.filter import FilterChain
@@ -104,7 +105,7 @@ class SiteHost:
         cell.inbox("task", "assign", self._assign, room=self._room)
         cell.on("task", "cancel", self._cancel)
         cell.on("task", "refused", self._refused)
-        cell.on("task", "end", lambda delivery: self.end(delivery.value()["reason"]))
+        cell.on("task", "end", self._told_end)
         cell.on_link_lost(self._lost)
 
     def _add(self, site: HostedSite) -> None:
@@ -187,13 +188,22 @@ class SiteHost:
                 self._farewell()
                 set_fallback(None)
 
-    def end(self, reason: str) -> None:
-        """No more work: scripts that wait hear it now, and `run` returns. From any thread."""
+    def end(self, reason: str, aborted: bool = False) -> None:
+        """No more work: scripts that wait hear it now, and `run` returns. From any thread.
+
+        Args:
+            reason: why.
+            aborted: nobody waits for trainers that are busy.
+        """
         for engine in self._engines.values():
             engine.end(reason)
         for external in self._externals.values():
-            external.end(reason)
+            external.end(reason, aborted)
         self._over.set()
+
+    def _told_end(self, delivery: Delivery) -> None:
+        fields = delivery.value()
+        self.end(fields["reason"], fields["aborted"])
 
     def _room(self, nbytes: int) -> SlabPool | None:
         # A task at a time, and no more of it than was announced: there is always room.

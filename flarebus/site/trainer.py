@@ -30,7 +30,7 @@ from flarebus.pipes.handler import PipeHandler
 from flarebus.pipes.loading import load_pipe_class, make_pipe
 from flarebus.site.launcher import TrainerExit, TrainerProcess, trainer_environ
 
-__all__ = ["Ground", "Process", "Trainer", "TrainerWatcher"]
+__all__ = ["CONFIG_FILE", "Ground", "Process", "Trainer", "TrainerWatcher"]
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +124,14 @@ class Trainer:
         self.site = site
         self.ranks: dict[int, PipeHandler] = {}
         """The ranks that have come."""
+        self.has_come = False
+        """Whether its first rank was ever here."""
+        self.n_answered = 0
+        """How many of its results were answered."""
+        self.holds: int | None = None
+        """Once it said goodbye: the task that it took and did not answer, or -1."""
+        self.lost = ""
+        """Why its pipe broke."""
         self._folder = folder
         self._config = config
         self._ground = ground
@@ -162,10 +170,8 @@ class Trainer:
             FlarebusError, OSError: it cannot be opened, or the configuration cannot be written.
         """
         try:
+            metric = self._open_metric()
             task = self._open_rank(0)
-            metric = self._make_pipe(METRIC_CHANNEL)
-            self._metric_handler = self._handle(metric, self._records, lambda *_: None, timeout_s=0.0)
-            self._metric_handler.start()
             config = self._whole_config(task, metric)
             if self._pipe_class.same_process:
                 self._process = self._run_inside(ClientConfig(config), self._exited)
@@ -184,6 +190,23 @@ class Trainer:
             self.close()
             raise
 
+    def reopen(self) -> None:
+        """Listen again, with the same configuration, when somebody has come and left who was not welcome.
+
+        Raises:
+            FlarebusError, OSError: the pipe cannot be opened.
+        """
+        # The task pipe last, both times: whoever is welcomed there finds the other one open.
+        for handler in list(self._pipe_of):
+            handler.stop()
+        self._pipe_of.clear()
+        self._open_metric()
+        self._open_rank(0)
+
+    def took(self, number: int) -> bool:
+        """Whether a task that this life leaves behind was in work there, as far as is known."""
+        return self.holds == number or self.n_answered == 0
+
     def send(self, rank: int, message: Message) -> Pending[bool]:
         """Send a message to a rank that has come."""
         return self.ranks[rank].post(message)
@@ -192,18 +215,21 @@ class Trainer:
         """Bring the buffers of a message of `rank` here."""
         return self._pipe_of[self.ranks[rank]].pull(message)
 
-    def answer(self, rank: int, message: Message, **fields: Any) -> None:
+    def answer(self, rank: int, message: Message, **fields: Any) -> Pending[bool]:
         """Answer a message of `rank`."""
-        self.ranks[rank].reply(message, pack(**fields))
+        return self.ranks[rank].reply(message, pack(**fields))
 
     def fail(self, rank: int, message: Message, error: BaseException) -> None:
         """Answer a message of `rank` with an error."""
         self.ranks[rank].fail(message, error)
 
-    def say_end(self, reason: str) -> None:
+    def say_end(self, reason: str, aborted: bool = False) -> None:
         """Tell all ranks that there is no more work."""
         for handler in list(self.ranks.values()):
-            handler.notify_end(reason)
+            if aborted:
+                handler.notify_abort(reason)
+            else:
+                handler.notify_end(reason)
 
     def end(self, grace_s: float) -> None:
         """Ask the process to end, and make it after `grace_s` seconds; returns at once."""
@@ -253,6 +279,12 @@ class Trainer:
         handler = self._handle(pipe, on_message, on_status, timeout_s)
         # Now, not before: what a rank said may be there already, and is told to `handler`.
         handler.start()
+        return pipe
+
+    def _open_metric(self) -> Pipe:
+        pipe = self._make_pipe(METRIC_CHANNEL)
+        self._metric_handler = self._handle(pipe, self._records, lambda *_: None, timeout_s=0.0)
+        self._metric_handler.start()
         return pipe
 
     def _handle(
@@ -307,6 +339,7 @@ class Trainer:
             return
         self.ranks[rank] = handler
         if rank == 0:
+            self.has_come = True
             for other in range(1, world_size):
                 self._open_rank(other)
         self._watcher.ready(self, rank)

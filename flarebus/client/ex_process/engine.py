@@ -16,7 +16,18 @@ from typing import Any
 
 from flarebus.client.config import ClientConfig, ConfigKey
 from flarebus.client.engine import Assignment
-from flarebus.client.ex_process.words import CANCEL, HELLO, PROTOCOL, RECORDS, RESULT, TASK, channel_of, pack, unpack
+from flarebus.client.ex_process.words import (
+    CANCEL,
+    HELLO,
+    LEFT,
+    PROTOCOL,
+    RECORDS,
+    RESULT,
+    TASK,
+    channel_of,
+    pack,
+    unpack,
+)
 from flarebus.client.metrics import MetricOutbox
 from flarebus.codec import decode, encode
 from flarebus.errors import ClientApiError, ConfigError, DeadlineExceeded, DecodeError, FlarebusError, LinkError
@@ -156,6 +167,10 @@ class TrainerEngine:
             # Also when the job has ended: the client job waits for this process. If it is gone, that is known at once.
             self._metrics.close(FAREWELL_S)
         if self.ended is None:
+            if not self.is_follower:
+                # A task that came and was never looked at is somebody else's to do.
+                held = self._open
+                self._handler.post(Message(LEFT, pack(number=-1 if held is None else int(held.task_id))))
             self._handler.notify_end("the script has ended")
         self._end("the script has ended")
         for handler in (self._handler, self._metric_handler):
@@ -195,6 +210,7 @@ class TrainerEngine:
             Topic.ABORT: reason or "the job was aborted",
             Topic.END: reason or "the job has ended",
         }
+        # Whoever says that there is no more work still listens to what this trainer has to tell.
         self._end(said.get(topic) or f"the client job is gone: {reason}")
 
     def _end(self, reason: str) -> None:

@@ -8,6 +8,7 @@ The body of a message is a dict as the codec encodes it; buffers beside it belon
 | `task` | client job | number, name, round, total_rounds, model | |
 | `cancel` | client job | number | |
 | `result` | trainer | number, error, model | accepted, reason |
+| `left` | trainer, before it says goodbye | number of the task that it took and did not answer, or -1 | |
 | `records` (metric channel) | trainer | as `flarebus.client.metrics` makes them | |
 """
 
@@ -20,7 +21,7 @@ from flarebus.codec import decode, encode
 from flarebus.errors import DecodeError
 from flarebus.wire import MAX_BODY_BYTES
 
-__all__ = ["CANCEL", "HELLO", "PROTOCOL", "RECORDS", "RESULT", "TASK", "channel_of", "pack", "unpack"]
+__all__ = ["CANCEL", "HELLO", "LEFT", "PROTOCOL", "RECORDS", "RESULT", "TASK", "channel_of", "pack", "unpack"]
 
 PROTOCOL = 1
 
@@ -28,6 +29,7 @@ HELLO = "hello"
 TASK = "task"
 CANCEL = "cancel"
 RESULT = "result"
+LEFT = "left"
 RECORDS = "records"
 
 
