@@ -179,10 +179,11 @@ class ObservedRun:
         return self.run.exec_env.get_job_reason(self.run.get_job_id()) or ""
 
     def check_clean(self) -> None:
-        """No process, socket or turn file is left; the journal agrees with the model."""
+        """No process, socket, turn file or secret is left; the journal agrees with the model."""
         wait_until(lambda: not marked_processes(self.mark), f"processes end: {marked_processes(self.mark)}", GONE_S)
         assert list(self.sockets.iterdir()) == []
         assert list(self.run_dir.glob("server/*.turn")) == []
+        assert list(self.run_dir.glob("*/config")) == []
 
     def complaints(self, event: str = "site_failed") -> dict[str, str]:
         """site -> why it failed (or was refused), of the last time."""
