@@ -108,6 +108,11 @@ class PipeHandler:
         self._reader.start()
         self._sender.thread.start()
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing goes out or comes in any more; the status that says why may be told only now."""
+        return self._ended
+
     def request(self, message: Message) -> Pending[Message]:
         """Send a request; the reply will be set, on the reader's thread.
 

@@ -231,6 +231,8 @@ class ExternalSite:
         """Give the task to ranks of the trainer; arrays stay where they are unless somebody wants to see them."""
         life = self._life
         assert life is not None
+        ranks = [rank for rank in ranks if rank not in work.given]
+        work.given.update(ranks)
         if not ranks:
             return
         if work.filtered is not None:
@@ -312,9 +314,11 @@ class ExternalSite:
         if self._work is None or self._work.number != number:
             return
         self._close_work()
-        if self._life is not None:
-            for rank in list(self._life.ranks):
-                self._life.send(rank, Message(CANCEL, pack(number=number)))
+        life = self._life
+        if life is not None and life.ranks:
+            for rank in list(life.ranks):
+                life.send(rank, Message(CANCEL, pack(number=number)))
+            self._let_go_after_one(life)
 
     # -- results --
 
@@ -336,6 +340,7 @@ class ExternalSite:
         if fields["error"] is not None:
             self._answer(life, message, "")
             self._fail(fields["error"])
+            self._let_go_after_one(life)
             return
         work.result = message
         chain = self._output_filters.for_task(work.fields["name"])
@@ -426,6 +431,10 @@ class ExternalSite:
         if not verdict["accepted"]:
             self._logs.note(self.site, "WARNING", f"the server did not use the result: {verdict['reason']}")
         self._answer(life, message, "" if verdict["accepted"] else verdict["reason"])
+        self._let_go_after_one(life)
+
+    def _let_go_after_one(self, life: Trainer) -> None:
+        """A trainer that is launched for each task has done its own, whatever became of it."""
         if life is self._life and not self._config.launch_once and not self._config.attach:
             self._let_go(life, "this trainer was for one task")
 
@@ -506,6 +515,7 @@ class ExternalSite:
         work = self._work
         if work is None or work.result is not None:
             return
+        work.given.clear()
         if was_leaving or not (was_killed or life.took(work.number)):  # the task came when this life was done
             if life.lost:
                 self._logs.note(self.site, "WARNING", f"{cause}; it is started again for the same task")

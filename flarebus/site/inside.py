@@ -48,6 +48,7 @@ class InsideTrainer:
 
     def _run(self) -> None:
         outcomes: list[Outcome] = []
+        cause, code = "", 1
         try:
             engine = TrainerEngine.connect(self._config, rank=0)
             try:
@@ -58,7 +59,7 @@ class InsideTrainer:
             finally:
                 engine.close()
             cause, code = outcomes[-1].cause, outcomes[-1].exit_code
-        except FlarebusError as error:
-            cause, code = str(error), 1
+        except Exception as error:  # whatever it was: the owner waits for the end, and tells the server its reason
+            cause = str(error) if isinstance(error, FlarebusError) else f"{type(error).__name__}: {error}"
         self._over.set()
         self._on_exit(TrainerExit(code=code or (1 if cause else 0), last_words=cause))

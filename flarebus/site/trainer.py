@@ -12,6 +12,7 @@ import hmac
 import logging
 import secrets
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 from flarebus.cell import Cell
 from flarebus.client.config import ClientConfig, ConfigKey
 from flarebus.client.ex_process.words import HELLO, PROTOCOL, RECORDS, channel_of, pack, unpack
-from flarebus.errors import DecodeError
+from flarebus.errors import Closed, DecodeError
 from flarebus.job.class_ref import code_folder_first
 from flarebus.job.site_config import SiteConfig
 from flarebus.message import Buffer
@@ -145,6 +146,8 @@ class Trainer:
         self._metric_handler: PipeHandler | None = None
         self._process: Process | None = None
         self._closed = False
+        # A rank may be opened, on the thread of another one's handler, while the owner closes.
+        self._lock = threading.Lock()
         pipe = config.client_config.get(ConfigKey.PIPE) or {ConfigKey.CLASS_NAME: DEFAULT_PIPE, ConfigKey.ARG: {}}
         self._pipe_name, self._pipe_args = pipe[ConfigKey.CLASS_NAME], dict(pipe[ConfigKey.ARG])
         # A job may bring its own class; to the trainer it is beside the script that it runs.
@@ -238,10 +241,12 @@ class Trainer:
 
     def close(self) -> None:
         """Close the pipes and remove the configuration, which holds a secret. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        for handler in list(self._pipe_of):
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            handlers = list(self._pipe_of)
+        for handler in handlers:
             handler.stop()
         with contextlib.suppress(OSError):
             self._config_file.unlink(missing_ok=True)
@@ -304,8 +309,12 @@ class Trainer:
             awaits_peer=True,
             max_resends=settings.get_max_resends(),
         )
-        self._pipe_of[handler] = pipe
-        return handler
+        with self._lock:
+            if not self._closed:
+                self._pipe_of[handler] = pipe
+                return handler
+        pipe.close()
+        raise Closed(f"{self.site}: this life of its trainer is over")
 
     def _whole_config(self, task: Pipe, metric: Pipe) -> dict[str, Any]:
         """The client configuration as the trainer gets it."""
@@ -340,8 +349,9 @@ class Trainer:
         self.ranks[rank] = handler
         if rank == 0:
             self.has_come = True
-            for other in range(1, world_size):
-                self._open_rank(other)
+            with contextlib.suppress(Closed):  # the life is over meanwhile, and its owner knows
+                for other in range(1, world_size):
+                    self._open_rank(other)
         self._watcher.ready(self, rank)
 
     def _why_not(self, rank: int, message: Message) -> tuple[str, int]:

@@ -28,7 +28,7 @@ class Work:
         delivery: the message that it came with, which leads to its buffers.
     """
 
-    __slots__ = ("body", "delivery", "fields", "filtered", "lives", "number", "offer", "result")
+    __slots__ = ("body", "delivery", "fields", "filtered", "given", "lives", "number", "offer", "result")
 
     def __init__(self, number: int, fields: Mapping[str, Any], body: bytes, delivery: Delivery) -> None:
         self.number = number
@@ -40,6 +40,8 @@ class Work:
         self.offer: Payload | None = None
         """Its arrays, for a trainer that fetches them from here; withdrawn when the task is closed."""
         self.lives = 0
+        self.given: set[int] = set()
+        """The ranks of this life of its trainer that it was given to: once is enough."""
         self.result: Message | None = None
         """What the trainer answered, on its way to the server."""
 

@@ -36,6 +36,10 @@ class End(Protocol):
     def peer(self) -> str:
         """Address of the other end; "" while it was not heard of."""
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether its peer is gone: what comes now is for the end that will be opened in its place."""
+
     def take(self, delivery: Delivery) -> None:
         """A message for this end has come."""
 
@@ -114,7 +118,7 @@ class Hub:
             delivery.fail(error)
             return
         end = self._ends.get((target, name))
-        if end is not None:
+        if end is not None and not end.is_broken:
             end.take(delivery)
         elif len(self._early) < MAX_EARLY and self._has_client_job(target, _link_of(name)):
             self._early.append(delivery)

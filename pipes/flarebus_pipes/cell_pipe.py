@@ -302,6 +302,11 @@ class CellPipe(Pipe):
         """Address of the other end; "" while it was not heard of: whoever had that name before may be gone."""
         return self._peer if self._met.is_set() else ""
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether nothing comes or goes any more."""
+        return bool(self._broken)
+
     def _own_address(self, cell: Cell) -> str:
         return self.address if self.mode is Mode.PASSIVE else str(cell.address)
 

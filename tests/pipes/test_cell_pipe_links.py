@@ -52,7 +52,7 @@ def test_a_trainer_of_an_earlier_link_is_not_heard(host: Cell, endpoint: str) ->
             assert sent.result(LIMIT_S)
         assert message is not None
         assert message.topic == "new"
-        assert waiting.peer == new._own_address()
+        assert waiting.peer == str(new._cell.address)
     finally:
         for pipe in (old, new, waiting):
             pipe.close()

@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -46,6 +47,8 @@ log = logging.getLogger("flarebus.client")
 _NO_NULLS = (int, type(None))
 # How long the last metrics may take to leave when the script ends.
 FAREWELL_S = 10.0
+# Whoever waits for an answer hears of the end of a pipe just before its reason is told here.
+REASON_S = 5.0
 # A follower that lags behind rank 0 sees at most so many tasks later.
 MAX_BEHIND = 2
 
@@ -121,16 +124,29 @@ class TrainerEngine:
         return self.rank != 0
 
     def next_task(self, timeout: float | None) -> Assignment | None:
-        """Wait for the next task; see `Engine`."""
+        """Wait for the next task and its arrays; see `Engine`.
+
+        A task whose arrays cannot be had is none for the script: mostly its round was closed without this site.
+        """
         given_up, self._open = self._open, None
-        if given_up is not None and not self.is_follower:
+        if given_up is not None:
             self._give_up(given_up, "the script asked for its next task without answering this one")
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self.ended is not None, timeout)
-            if not self._waiting:
-                return None
-            self._open, _ = self._waiting.popleft()
-            return self._open
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with self._changed:
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                self._changed.wait_for(lambda: self.ended is not None or self._is_first_here(), left)
+                if not self._is_first_here():
+                    return None
+                assignment, pulled = self._waiting.popleft()
+            error = pulled.error()
+            if error is None:
+                self._open = assignment
+                return assignment
+            self._give_up(assignment, f"could not take the task: {error}")
+
+    def _is_first_here(self) -> bool:
+        return bool(self._waiting) and self._waiting[0][1].is_done
 
     def still_wanted(self, assignment: Assignment) -> bool:
         """Whether the task was not cancelled; see `Engine`."""
@@ -146,7 +162,15 @@ class TrainerEngine:
         sent = self._handler.request(Message(RESULT, fields, buffers, readers=self._readers))
 
         def wait() -> None:
-            verdict = unpack(self._wait_while_moving(sent).body, accepted=bool, reason=str)
+            try:
+                answer = self._wait_while_moving(sent)
+            except LinkError:
+                if self._handler.has_ended:
+                    # A script is not told of an error where its job has ended.
+                    with self._changed:
+                        self._changed.wait_for(lambda: self.ended is not None, REASON_S)
+                raise
+            verdict = unpack(answer.body, accepted=bool, reason=str)
             self._open = None
             if not verdict["accepted"]:
                 log.warning("%s: the server did not use the result: %s", self.site_name, verdict["reason"])
@@ -196,7 +220,11 @@ class TrainerEngine:
         with self._changed:
             if self.ended is None and task["number"] > self._unwanted:
                 self._waiting.append((assignment, pulled))
-                self._changed.notify_all()
+        pulled.on_done(lambda _: self._wake())
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _cancel(self, number: int) -> None:
         with self._changed:
@@ -267,13 +295,15 @@ class TrainerEngine:
         while True:
             try:
                 return pending.result(lease_s)
-            except DeadlineExceeded:
+            except DeadlineExceeded as error:
                 if pending.is_done or self._pipe.moved_bytes() == moved:
-                    raise
+                    # It is settled, unless an answer came just now: the arrays are not offered any longer.
+                    pending.fail(error)
+                    return pending.result()
                 moved = self._pipe.moved_bytes()
 
     def _give_up(self, task: Assignment, reason: str) -> None:
-        if self.ended is None:
+        if self.ended is None and not self.is_follower and int(task.task_id) > self._unwanted:
             fields = pack(number=int(task.task_id), error=reason, model=b"")
             self._handler.request(Message(RESULT, fields))
 

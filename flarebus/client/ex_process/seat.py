@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 
 from flarebus.client.config import from_file
@@ -40,9 +41,15 @@ def open_process_seat(config_file: str, rank: str) -> Seat:
             seat = Seat(engine, on_shutdown=_close_process_seat)
             _open = seat, engine
             set_process_seat(seat)
-            # After the script's own hooks, which were registered later: those may still log.
-            atexit.register(_close_process_seat)
+            # After the script's own hooks, which were registered later: those may still log. Not in a process that the
+            # script forked: its end is not the end of this one.
+            atexit.register(_close_at_exit, os.getpid())
         return _open[0]
+
+
+def _close_at_exit(pid: int) -> None:
+    if os.getpid() == pid:
+        _close_process_seat()
 
 
 def _close_process_seat() -> None:
