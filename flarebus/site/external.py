@@ -7,7 +7,6 @@ trainer that a signal killed gets a second life for the same task; a script that
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import threading
@@ -19,7 +18,6 @@ from typing import Any
 from flarebus.cell import Payload
 from flarebus.client.config import ClientConfig
 from flarebus.client.ex_process.words import CANCEL, LEFT, RESULT, TASK, pack, unpack
-from flarebus.codec import encode
 from flarebus.delivery import Delivery
 from flarebus.errors import FlarebusError, SourceLost
 from flarebus.job.site_config import SiteConfig
@@ -28,10 +26,12 @@ from flarebus.pending import Pending
 from flarebus.pipes import Message, Topic
 from flarebus.site.launcher import TrainerExit
 from flarebus.site.output import SiteLogs
+from flarebus.site.relay_filters import RelayFilters
 from flarebus.site.trainer import CONFIG_FILE, Ground, Process, Trainer
-from flarebus.site.work import Work, cause_of, model_of, real_error
+from flarebus.site.upstream import Upstream
+from flarebus.site.work import Work, cause_of, real_error
 from flarebus.slab import unbundle
-from flarebus.workflow.filter import FilterChain, FilterTask
+from flarebus.workflow.filter import FilterChain
 
 __all__ = ["ExternalSite"]
 
@@ -80,8 +80,9 @@ class ExternalSite:
         self._folder = folder
         self._config = config
         self._client_config = client_config
-        self._input_filters, self._output_filters = filters
+        self._filters = RelayFilters(site, *filters)
         self._ground = ground
+        self._upstream = Upstream(ground.cell, ground.server, ground.job_id, site)
         self._logs = logs
         self._run_inside = run_inside
         self._clock = clock
@@ -238,9 +239,8 @@ class ExternalSite:
         if work.filtered is not None:
             self._give_own(work, ranks, *work.filtered)
             return
-        chain = self._input_filters.for_task(work.fields["name"])
         manifest = work.delivery.message.manifest
-        body = self._filtered(chain, work, work.body)
+        body = self._filters.task_body(work)
         if body is not None and (life.passes_manifests or manifest is None):
             bundle = work.delivery.message.bundle
             self._give(work, ranks, body, () if bundle is None else unbundle(bundle), manifest)
@@ -252,10 +252,6 @@ class ExternalSite:
             self._events.put(lambda: self._pulled(life, work, ranks, body, arrived))
 
         work.delivery.pull().on_done(pulled)
-
-    def _filtered(self, chain: FilterChain, work: Work, body: bytes) -> bytes | None:
-        """An encoded model after its filters; None if one of them has to see values, and none has run yet."""
-        return chain.apply_to_body(body, self._filter_task(work)) if chain else body
 
     def _pulled(
         self,
@@ -269,13 +265,8 @@ class ExternalSite:
             return
         try:
             buffers = arrived.result()
-            if body is None and work.filtered is not None:
-                body, buffers = work.filtered
-            elif body is None:
-                chain = self._input_filters.for_task(work.fields["name"])
-                # A copy of its own: other sites of this host read the same memory.
-                model = chain.apply(model_of(work.body, buffers, copy=True), self._filter_task(work))
-                body, buffers = work.filtered = encode(model)
+            if body is None:
+                body, buffers = self._filters.filter_task(work, buffers)
         except (FlarebusError, MemoryError, OSError) as error:
             self._fail(f"could not take the task: {error}")
             return
@@ -288,11 +279,8 @@ class ExternalSite:
         if not self._life.passes_manifests:
             self._give(work, ranks, body, buffers, None)
             return
-        if work.offer is None:
-            readers = (f"{self.site}.{self._ground.job_id}",)
-            work.offer = self._ground.cell.share_encoded(b"", buffers, readers)
-        bundle = work.offer.bundle
-        self._give(work, ranks, body, () if bundle is None else unbundle(bundle), work.offer.manifest)
+        offer = self._upstream.offer_task(work, buffers)
+        self._give(work, ranks, body, () if offer.bundle is None else unbundle(offer.bundle), offer.manifest)
 
     def _give(self, work: Work, ranks: Sequence[int], body: bytes, buffers: Sequence[Buffer], manifest: Any) -> None:
         life = self._life
@@ -343,9 +331,8 @@ class ExternalSite:
             self._let_go_after_one(life)
             return
         work.result = message
-        chain = self._output_filters.for_task(work.fields["name"])
         try:
-            body = self._filtered(chain, work, fields["model"])
+            body = self._filters.result_body(work, fields["model"])
         except FlarebusError as error:
             self._refuse_result(life, message, error)
             return
@@ -354,30 +341,27 @@ class ExternalSite:
                 self._logs.note(self.site, "INFO", "a filter looks at the result: it is fetched here first")
 
             def pulled(arrived: Pending[Sequence[Buffer]]) -> None:
-                self._events.put(lambda: self._filter_result(life, work, chain, fields["model"], arrived))
+                self._events.put(lambda: self._filter_result(life, work, fields["model"], arrived))
 
             life.pull(0, message).on_done(pulled)
             return
         if message.manifest is not None:
             self._forward(life, work, body, Payload(b"", None, message.manifest))
         else:
-            self._forward(life, work, body, self._shared(message.buffers))
+            self._forward(life, work, body, self._upstream.share_result(message.buffers))
 
-    def _filter_result(
-        self, life: Trainer, work: Work, chain: FilterChain, body: bytes, arrived: Pending[Sequence[Buffer]]
-    ) -> None:
+    def _filter_result(self, life: Trainer, work: Work, body: bytes, arrived: Pending[Sequence[Buffer]]) -> None:
         if work is not self._work or work.result is None:
             return
         try:
-            model = chain.apply(model_of(body, arrived.result(), copy=False), self._filter_task(work))
-            body, buffers = encode(model)
+            body, buffers = self._filters.filter_result(work, body, arrived.result())
         except SourceLost as error:
             self._not_taken(life, work, error)
             return
         except (FlarebusError, MemoryError, OSError) as error:
             self._refuse_result(life, work.result, error)
             return
-        self._forward(life, work, body, self._shared(buffers))
+        self._forward(life, work, body, self._upstream.share_result(buffers))
 
     def _answer(self, life: Trainer, message: Message, refused: str) -> None:
         """Say what became of a result; a trainer that cannot be told would wait for it."""
@@ -390,29 +374,25 @@ class ExternalSite:
 
         life.answer(0, message, accepted=not refused, reason=refused).on_done(done)
 
+    @staticmethod
+    def _fail_result(life: Trainer, message: Message, error: BaseException) -> None:
+        life.n_answered += 1
+        life.fail(0, message, error)
+
     def _speechless(self, life: Trainer, error: BaseException) -> None:
         if life is self._life:
             self._give_life_up(f"its trainer could not be answered: {error}")
 
     def _refuse_result(self, life: Trainer, message: Message, error: Exception) -> None:
         """A result that a filter failed on does not leave the site."""
-        life.fail(0, message, error)
+        self._fail_result(life, message, error)
         self._fail(f"its result was not sent: {error}")
 
-    def _shared(self, buffers: Sequence[Buffer]) -> Payload:
-        return self._ground.cell.share_encoded(b"", buffers, (self._ground.server,))
-
     def _forward(self, life: Trainer, work: Work, body: bytes, payload: Payload) -> None:
-        fields = {"site": self.site, "number": work.number, "error": None, "model": body}
-        sent = self._ground.cell.request(self._ground.server, "task", "result", fields, payload=payload)
-        own = payload.manifest is not None and payload.manifest.holder == str(self._ground.cell.address)
-
         def settled(answer: Pending[Delivery]) -> None:
-            if own:
-                self._ground.cell.withdraw(payload, wait=False)
             self._events.put(lambda: self._settled(life, work, answer))
 
-        sent.on_done(settled)
+        self._upstream.send_result(work, body, payload, settled)
 
     def _settled(self, life: Trainer, work: Work, answer: Pending[Delivery]) -> None:
         """The server has the result whole, or will not have it."""
@@ -425,7 +405,7 @@ class ExternalSite:
         if work is self._work:
             self._close_work()
         if error is not None:
-            life.fail(0, message, error)
+            self._fail_result(life, message, error)
             return
         verdict = answer.result().plain()
         if not verdict["accepted"]:
@@ -447,9 +427,6 @@ class ExternalSite:
             life.fail(0, message, error)
         else:
             self._try_again(f"its result was lost: {error}", was_killed=True)
-
-    def _filter_task(self, work: Work) -> FilterTask:
-        return FilterTask(work.fields["name"], work.fields["round"], self.site)
 
     # -- the end of lives --
 
@@ -516,7 +493,10 @@ class ExternalSite:
         if work is None or work.result is not None:
             return
         work.given.clear()
-        if was_leaving or not (was_killed or life.took(work.number)):  # the task came when this life was done
+        if was_leaving:  # the task came when this life was done
+            self._begin_life()
+        elif not (was_killed or work.spared or life.took(work.number)):
+            work.spared = True
             if life.lost:
                 self._logs.note(self.site, "WARNING", f"{cause}; it is started again for the same task")
             self._begin_life()
@@ -561,15 +541,13 @@ class ExternalSite:
         if work is None or self._ended is not None:
             return
         self._logs.note(self.site, "ERROR", f"the task of round {work.fields['round']} failed: {reason}")
-        fields = {"site": self.site, "number": work.number, "error": reason, "model": b""}
-        with contextlib.suppress(FlarebusError):  # the host has ended: nobody asks any more
-            self._ground.cell.request(self._ground.server, "task", "result", fields)
+        self._upstream.send_failure(work, reason)
 
     def _close_work(self) -> Work | None:
         """The task that was open, and is not any more."""
         work, self._work = self._work, None
-        if work is not None and work.offer is not None:
-            self._ground.cell.withdraw(work.offer, wait=False)
+        if work is not None:
+            self._upstream.withdraw_task(work)
         return work
 
     def _fail_stillborn(self) -> None:
@@ -603,5 +581,4 @@ class ExternalSite:
             life.end(HUNG_S)
 
     def _finish(self) -> None:
-        """Nobody is waited for any more."""
         self._is_over = True

@@ -28,7 +28,7 @@ class Work:
         delivery: the message that it came with, which leads to its buffers.
     """
 
-    __slots__ = ("body", "delivery", "fields", "filtered", "given", "lives", "number", "offer", "result")
+    __slots__ = ("body", "delivery", "fields", "filtered", "given", "lives", "number", "offer", "result", "spared")
 
     def __init__(self, number: int, fields: Mapping[str, Any], body: bytes, delivery: Delivery) -> None:
         self.number = number
@@ -42,6 +42,8 @@ class Work:
         self.lives = 0
         self.given: set[int] = set()
         """The ranks of this life of its trainer that it was given to: once is enough."""
+        self.spared = False
+        """Whether it was left behind, unseen, by a life that ended, once: a second time is no accident."""
         self.result: Message | None = None
         """What the trainer answered, on its way to the server."""
 

@@ -80,7 +80,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "half": ("my_pipes.Half", "my_pipes.Half does not implement export"),
     "narrow": ("my_pipes.Narrow", "my_pipes.Narrow.send cannot be called as send(self, message"),
     "raises": ("my_pipes.Raises", "the constructor of my_pipes.Raises raised RuntimeError: no queue for raises"),
-    "closed": ("my_pipes.Closed", "the queue task is closed"),
+    "closed": ("my_pipes.Closed", "the queue metric is closed"),
     "arg": ({"CLASS_NAME": "file", "ARG": {"root": "/x"}}, "ARG='root': did you mean 'root_path'?"),
     "arg-type": ({"CLASS_NAME": "file", "ARG": {"file_check_interval": "soon"}}, "FilePipe raised TypeError"),
     "arg-value": ({"CLASS_NAME": "file", "ARG": {"file_check_interval": 61}}, "file_check_interval=61"),
@@ -205,16 +205,41 @@ def test_no_room_for_the_result(observed: ObservedRun, disk: SmallDisk) -> None:
     assert "in send" in observed.log("site-1")
 
 
-def test_the_disk_of_the_shared_folder_fills_up(observed: ObservedRun, disk: SmallDisk) -> None:
-    """When not even a word fits on it any more, the rounds go on with the others and the job comes to its end."""
-    observed.on("round_committed", lambda fields: disk.fill() if fields["round"] == 0 else None)
-    start(observed, on_folder(disk.folder / "shared"), min_clients=1, num_rounds=3)
+# Waits in its second round until there is a file.
+GATE = """
+    import os, time
+    if os.path.basename(os.getcwd()) == "site-1" and model.current_round == 1:
+        open("waits", "w").close()
+        while not os.path.exists({gate!r}):
+            time.sleep(0.01)
+"""
+
+
+def test_the_disk_fills_up_while_a_trainer_works(observed: ObservedRun, disk: SmallDisk) -> None:
+    """When not even a small result fits on the disk any more, `flare.send` fails with that; the others go on."""
+    gate = observed.folder / "gate"
+    start(observed, on_folder(disk.folder / "shared"), ONE.format(body=GATE.format(gate=str(gate))), min_clients=1)
+    observed.wait_for_file("site-1", "waits")
+
+    disk.fill()
+    gate.touch()
 
     assert observed.end() == "completed", observed.reason
-    assert observed.model() == [3.0] * 4
-    accepted = [line["accepted"] for line in observed.rounds()]
-    assert accepted == [["site-1", "site-2"], ["site-2"], ["site-2"]]
+    assert observed.model() == [2.0] * 4
+    assert [line["accepted"] for line in observed.rounds()] == [["site-1", "site-2"], ["site-2"]]
     assert FULL in observed.complaints()["site-1"]
+    assert FULL in observed.log("site-1")
+
+
+def test_the_disk_fills_up_before_a_trainer_is_answered(observed: ObservedRun, disk: SmallDisk) -> None:
+    """A trainer that cannot be told what became of its result is not left waiting but ended; the result counts."""
+    observed.on("result_accepted", lambda fields: disk.fill() if fields["site"] == "site-1" else None)
+    start(observed, on_folder(disk.folder / "shared"), min_clients=1)
+
+    assert observed.end() == "completed", observed.reason
+    assert observed.model() == [2.0] * 4
+    assert observed.rounds()[0]["accepted"] == ["site-1", "site-2"]
+    assert "its trainer could not be answered: could not be sent: " in observed.log("site-1")
     assert FULL in observed.log("site-1")
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from flarebus.site.import_path import import_path
 from tests.system.observed import GONE_S, LIMIT_S, ONE, marked_processes, wait_until
 from workflows._program import main
 
@@ -60,6 +61,7 @@ class Program:
             stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
+            env={**os.environ, **import_path(os.environ)},
             start_new_session=True,
         )
         self._reader = threading.Thread(target=self._read)

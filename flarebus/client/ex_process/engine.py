@@ -75,6 +75,7 @@ class TrainerEngine:
         self._open: Assignment | None = None
         self._unwanted = -1
         self._closed = False
+        self._is_welcome = False
         # Who fetches results from here over a pipe that passes manifests; told with the answer to the hello.
         self._readers: Sequence[str] = ()
         self._pipe = task_pipe
@@ -187,19 +188,19 @@ class TrainerEngine:
         if self._closed:
             return
         self._closed = True
+        # Before the goodbye: after it the client job may open the pipes for the next trainer. Also when the job has
+        # ended: the client job waits for this process. If it is gone, that is known at once.
         if self._metric_handler is not None:
-            # Also when the job has ended: the client job waits for this process. If it is gone, that is known at once.
             self._metrics.close(FAREWELL_S)
+            self._metric_handler.stop()
         if self.ended is None:
-            if not self.is_follower:
+            if self._is_welcome and not self.is_follower:
                 # A task that came and was never looked at is somebody else's to do.
                 held = self._open
                 self._handler.post(Message(LEFT, pack(number=-1 if held is None else int(held.task_id))))
             self._handler.notify_end("the script has ended")
         self._end("the script has ended")
-        for handler in (self._handler, self._metric_handler):
-            if handler is not None:
-                handler.stop()
+        self._handler.stop()
 
     # -- from the pipe --
 
@@ -287,6 +288,7 @@ class TrainerEngine:
         if not verdict["accepted"]:
             raise ClientApiError(f"flare.init(): the client job refused this process: {verdict['reason']}")
         self._readers = tuple(verdict["readers"])
+        self._is_welcome = True
 
     def _wait_while_moving(self, pending: Pending[Message]) -> Message:
         """The answer, however long it takes as long as bytes move to where they are wanted."""
