@@ -39,7 +39,7 @@ class RelayFilters:
         return self._without_values(self._on_results, work, body)
 
     def filter_task(self, work: Work, buffers: Sequence[Buffer]) -> tuple[bytes, Sequence[Buffer]]:
-        """Body and buffers of a task whose filters see values. They see the model once: all ranks and lives get the same.
+        """Body and buffers of a task whose filters see values. They see it once: every rank and life gets the same.
 
         Args:
             buffers: of the model as it came; copied, for other sites of the host read them as well.
