@@ -20,6 +20,7 @@ from flarebus.job.initial import load_initial, params_of
 from flarebus.job.kinds import DataKind, FrameworkType
 from flarebus.job.plugins import load_workflow
 from flarebus.job.site_config import SiteConfig
+from flarebus.job.tracking_ref import TrackingRef
 from flarebus.workflow.params import as_array, flatten, rebuild
 
 __all__ = ["JobDefinition"]
@@ -46,6 +47,7 @@ class JobDefinition:
         best_model_filename: name of the best model's file, or None for the default of the framework.
         aggregator_data_kind: what a custom aggregator is given; None when that is left open.
         open_to_others: whether sites that are not in `sites` take part as well.
+        tracking: trackers that are told what happens, at the server or at the sites.
         job_id: 32 hexadecimal digits once the job is started, "" before.
     """
 
@@ -61,6 +63,7 @@ class JobDefinition:
     best_model_filename: str | None = None
     aggregator_data_kind: DataKind | None = DataKind.WEIGHTS
     open_to_others: bool = False
+    tracking: tuple[TrackingRef, ...] = ()
     job_id: str = ""
 
     @property
@@ -195,6 +198,7 @@ class JobDefinition:
             "best_model_filename": self.best_model_filename,
             "aggregator_data_kind": None if kind is None else kind.value,
             "open_to_others": self.open_to_others,
+            "tracking": [ref.to_json() for ref in self.tracking],
         }
 
     @classmethod
@@ -235,6 +239,9 @@ class JobDefinition:
             best_model_filename=data["best_model_filename"],
             aggregator_data_kind=None if kind is None else check_enum("aggregator_data_kind", kind, DataKind),
             open_to_others=data["open_to_others"],
+            tracking=tuple(
+                TrackingRef.from_json(each, f"tracking[{index}]") for index, each in enumerate(data["tracking"])
+            ),
         )
 
     def _described(self, layout: CodeLayout) -> dict[str, Any]:
@@ -272,8 +279,9 @@ _JSON_KEYS: dict[str, tuple[type, ...]] = {
     "best_model_filename": (str, type(None)),
     "aggregator_data_kind": (str, type(None)),
     "open_to_others": (bool,),
+    "tracking": (list,),
 }
-_WORDS = {str: "a string", dict: "an object", bool: "true or false", type(None): "null"}
+_WORDS = {str: "a string", dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
 
 
 def _check_fit(loaded: Mapping[str, Any], params: Mapping[str, Any], ckpt: Path) -> None:

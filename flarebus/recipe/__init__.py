@@ -11,6 +11,7 @@ from flarebus.recipe.recipe import Recipe
 from flarebus.recipe.run import Run
 from flarebus.recipe.scaffold import ScaffoldRecipe
 from flarebus.recipe.sim_env import SimEnv
+from flarebus.recipe.tracking import add_experiment_tracking
 from flarebus.workflow.aggregator import ModelAggregator
 from flarebus.workflow.filter import Filter, FilterTask
 from flarebus.workflow.robust import KrumAggregator, MedianAggregator, TrimmedMeanAggregator
@@ -34,4 +35,5 @@ __all__ = [
     "SimEnv",
     "TransferType",
     "TrimmedMeanAggregator",
+    "add_experiment_tracking",
 ]

@@ -20,6 +20,7 @@ from flarebus.recipe.env import ExecEnv
 from flarebus.recipe.filters import check_filter
 from flarebus.recipe.run import Run
 from flarebus.recipe.validate import check_clients, check_site_name
+from flarebus.tracking.loading import check_tracking
 
 __all__ = ["Recipe"]
 
@@ -246,6 +247,9 @@ _ADDED_TO_SOME = (*_ADDED, "launch_timeout", "memory_gc_rounds", "cuda_empty_cac
 
 def _with_additions(made: JobDefinition, job: JobDefinition) -> JobDefinition:
     """The job that the parameters of `job` make, with what was added to it later."""
+    made = replace(made, tracking=job.tracking)
+    for ref in job.tracking:
+        check_tracking(ref)
     defaults = _taken_over(made.site_defaults, job.site_defaults, _ADDED)
     sites = {site: _taken_over(config, job.sites[site], _ADDED) for site, config in made.sites.items()}
     if not job.open_to_others:

@@ -28,8 +28,11 @@ from flarebus.server.archive import Archive
 from flarebus.server.job import ServerJob
 from flarebus.server.pool import HostEnd, WorkerPool, share_cores, spread
 from flarebus.server.socket_folder import SocketFolder
+from flarebus.server.tracking import JobTracking
 from flarebus.site.host import HostedSite, SiteHost
 from flarebus.site.trainer import CONFIG_FILE
+from flarebus.tracking.group import FLUSH_S, TrackingPlan
+from flarebus.tracking.loading import check_installed
 
 __all__ = ["Simulation", "start_simulation"]
 
@@ -111,6 +114,8 @@ class Simulation:
         self._log_config = log_config
         self._debug = debug
         self._options = options
+        self._tracking = JobTracking(job, run_dir / "server")
+        self._site_tracking = TrackingPlan.at_sites(job)
         self._state = "running"
         self._over = threading.Event()
         self._server_job: ServerJob | None = None
@@ -126,6 +131,8 @@ class Simulation:
     def start(self) -> None:
         """Check what can be checked now, and start the job's thread."""
         LogConfig.parse(self._log_config)
+        for ref in self._job.tracking:
+            check_installed(ref)
         self._controller = self._job.make_workflow()
         self._initial = self._job.initial_params()
         try:
@@ -167,15 +174,21 @@ class Simulation:
         try:
             server_dir.mkdir(mode=0o700, exist_ok=True)
             with _log_file(server_dir / "log.txt"):
-                self._state, self.reason = self._run_logged(server_dir)
+                state, reason = self._run_logged(server_dir)
+                self._tracking.end(state)
+                self._state, self.reason = state, reason
                 log.log(logging.INFO if self._state == "completed" else logging.ERROR, "job %s", self._ending())
         except BaseException as error:  # the last boundary: whoever waits gets the reason, whatever it is
             self._state, self.reason = "failed", _in_words(error)
         try:
-            if self._options.on_event is not None:
-                self._options.on_event("job_ended", {"state": self._state, "reason": self.reason})
+            self._tell("job_ended", {"state": self._state, "reason": self.reason})
         finally:
             self._over.set()
+
+    def _tell(self, event: str, fields: dict[str, Any]) -> None:
+        self._tracking.tell(event, fields)
+        if self._options.on_event is not None:
+            self._options.on_event(event, fields)
 
     def _ending(self) -> str:
         return f"{self._state}: {self.reason}" if self.reason else self._state
@@ -216,9 +229,7 @@ class Simulation:
         cell = Cell.attach(address, router, loop)
         stack.callback(cell.close)
         offload = self._job.workflow_settings.get("enable_tensor_disk_offload", False)
-        server_job = ServerJob(
-            self._job, cell, archive, self._options.on_event, staging=server_dir if offload else None
-        )
+        server_job = ServerJob(self._job, cell, archive, self._tell, staging=server_dir if offload else None)
         with self._lock:
             self._server_job = server_job
             if self._aborted_by is not None:
@@ -282,7 +293,8 @@ class Simulation:
         """How long workers may take to leave by themselves."""
         if self._aborted_by is not None:
             return ABORT_TRAINERS_S if any(self._job.site_config(site).is_external for site in self._sites) else ABORT_S
-        return END_S + max(self._job.site_config(site).shutdown_timeout for site in self._sites)
+        flush_s = FLUSH_S if self._site_tracking.refs else 0.0
+        return END_S + flush_s + max(self._job.site_config(site).shutdown_timeout for site in self._sites)
 
     @contextmanager
     def _start_host(
@@ -303,6 +315,7 @@ class Simulation:
             console=True,
             endpoint=endpoint,
             trainer_keys=trainer_keys,
+            tracking=self._site_tracking,
         )
         thread = threading.Thread(target=_run_host, args=(host,), name="flarebus host", daemon=True)
         thread.start()
@@ -342,6 +355,7 @@ class Simulation:
             "server": server,
             "job_id": self._job.job_id,
             "log_config": self._log_config,
+            "tracking": self._site_tracking.to_json(),
             "sites": [
                 {"name": site.name, "folder": str(site.folder), "config": site.config.to_json()}
                 for site in self._hosted(sites)

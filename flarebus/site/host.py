@@ -32,10 +32,12 @@ from flarebus.site.launcher import TrainerExit
 from flarebus.site.outbox import ResultOutbox
 from flarebus.site.output import SiteLogs
 from flarebus.site.script import CodeCache, Outcome, SiteScript
+from flarebus.site.tracking import SiteTracking
 from flarebus.site.trainer import Ground
 from flarebus.site.turn import Turnstile
 from flarebus.site.work import Work
 from flarebus.slab import SlabPool
+from flarebus.tracking.group import TrackingPlan
 from flarebus.wire import MAX_CARRIED_BYTES
 from flarebus.workflow.filter import FilterChain
 
@@ -67,6 +69,7 @@ class SiteHost:
         on_turn: told the name of the site whose turn begins.
         endpoint: of the router, for trainers in processes of their own.
         trainer_keys: CURVE keys for them, or None where connections are not encrypted.
+        tracking: what each site tracks by itself; None for nothing.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class SiteHost:
         on_turn: Callable[[str], None] | None = None,
         endpoint: str = "",
         trainer_keys: Mapping[str, str] | None = None,
+        tracking: TrackingPlan | None = None,
     ) -> None:
         self._cell = cell
         self._server = server
@@ -88,7 +92,11 @@ class SiteHost:
         self._results = ResultOutbox(cell, server)
         self._models = SlabPool()
         self._logs = SiteLogs(log_config, console=console)
+        folders = {site.name: site.folder for site in sites}
+        self._tracking = None if tracking is None else SiteTracking(tracking, folders)
         self._over = threading.Event()
+        # How the job ended, for trackers; "" while it runs.
+        self._state = ""
         self._turnstile = Turnstile(on_turn)
         self._codes = CodeCache()
         self._engines: dict[str, SiteEngine] = {}
@@ -162,6 +170,8 @@ class SiteHost:
         )
 
     def _send_records(self, fields: Mapping[str, Any]) -> Pending[Any]:
+        if self._tracking is not None:
+            self._tracking.records(fields)
         return self._cell.request(self._server, "metric", "records", dict(fields))
 
     def run(self) -> None:
@@ -195,6 +205,8 @@ class SiteHost:
             reason: why.
             aborted: nobody waits for trainers that are busy.
         """
+        if not self._state:
+            self._state = "completed" if reason == "completed" else "aborted" if aborted else "failed"
         for engine in self._engines.values():
             engine.end(reason)
         for external in self._externals.values():
@@ -267,3 +279,5 @@ class SiteHost:
         for script in self._scripts.values():
             script.wait_ended(max(0.0, deadline - time.monotonic()))
         self._metrics.close(max(0.0, deadline - time.monotonic()))
+        if self._tracking is not None:
+            self._tracking.end(self._state)

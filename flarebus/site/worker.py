@@ -26,6 +26,7 @@ from flarebus.job.site_config import SiteConfig
 from flarebus.link import SILENCE_S
 from flarebus.security.keys import DialKeys, KeyPair
 from flarebus.site.host import HostedSite, SiteHost
+from flarebus.tracking.group import TrackingPlan
 
 __all__ = ["TURN_BYTES", "main", "read_turn"]
 
@@ -73,6 +74,7 @@ def _host(cell: Cell, config: dict[str, Any]) -> None:
             on_turn=lambda site: _note_turn(page, site),
             endpoint=config["endpoint"],
             trainer_keys=config["trainer_keys"],
+            tracking=TrackingPlan.from_json(config["tracking"]),
         )
         _note_turn(page, "")
         host.run()
