@@ -35,7 +35,7 @@ class PluginKind:
             # An editable install beside a build folder lists one entry point twice.
             if f"{value} ({owner})" not in origins:
                 origins.append(f"{value} ({owner})")
-        return {name: ", ".join(origins) for name, origins in sorted(found.items())}
+        return {name: ", ".join(sorted(origins)) for name, origins in sorted(found.items())}
 
     def load(self, name: str) -> type:
         """The class of plug-in `name`.

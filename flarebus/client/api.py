@@ -259,7 +259,7 @@ def clear(*, ctx: APIContext | None = None) -> None:
 def shutdown(*, ctx: APIContext | None = None) -> None:
     """Close the context; calling it again does nothing. Other calls then need another `init`.
 
-    A trainer in a process of its own leaves its client job with the last context.
+    A trainer in a process of its own leaves its client job with the last context, for good.
     """
     if ctx is not None and ctx.closed:
         return

@@ -76,6 +76,8 @@ class TrainerEngine:
         self._unwanted = -1
         self._closed = False
         self._is_welcome = False
+        # Whether somebody may still take what was logged: also after the end of the job, not after its abort.
+        self._is_heard = True
         # Who fetches results from here over a pipe that passes manifests; told with the answer to the hello.
         self._readers: Sequence[str] = ()
         self._pipe = task_pipe
@@ -189,9 +191,9 @@ class TrainerEngine:
             return
         self._closed = True
         # Before the goodbye: after it the client job may open the pipes for the next trainer. Also when the job has
-        # ended: the client job waits for this process. If it is gone, that is known at once.
+        # ended: the client job waits for this process, unless it was aborted.
         if self._metric_handler is not None:
-            self._metrics.close(FAREWELL_S)
+            self._metrics.close(FAREWELL_S if self._is_heard else 0.0)
             self._metric_handler.stop()
         if self.ended is None:
             if self._is_welcome and not self.is_follower:
@@ -214,6 +216,8 @@ class TrainerEngine:
 
     def _take_task(self, message: Message) -> None:
         task = unpack(message.body, number=int, name=str, round=_NO_NULLS, total_rounds=_NO_NULLS, model=bytes)
+        if self.ended is not None or task["number"] <= self._unwanted:
+            return
         # Now, so that the model is on its way while the script still does something else.
         pulled = self._pipe.pull(message)
         take = _Take(task["model"], pulled)
@@ -240,6 +244,7 @@ class TrainerEngine:
             Topic.END: reason or "the job has ended",
         }
         # Whoever says that there is no more work still listens to what this trainer has to tell.
+        self._is_heard = topic == Topic.END
         self._end(said.get(topic) or f"the client job is gone: {reason}")
 
     def _end(self, reason: str) -> None:
