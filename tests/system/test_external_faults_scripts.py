@@ -149,6 +149,32 @@ def test_a_script_that_is_not_there(observed: ObservedRun) -> None:
         )
 
 
+# Answers one task, and ends when the next one has come to it that it never looks at.
+ONE_SHOT = """
+import os, sys, time
+import flarebus.client as flare
+
+context = flare.init()
+model = flare.receive()
+open("trained", "a").write(str(model.current_round))
+flare.send(flare.FLModel(params={{"w": model.params["w"] + 1}}))
+while model.current_round < 2 and not context.seat.engine._waiting:
+    time.sleep(0.01)
+{end}
+"""
+
+
+@pytest.mark.parametrize("end", ["", "raise ValueError('no data left')", "os._exit(0)", "flare.shutdown()"])
+def test_a_task_that_came_too_late_for_its_trainer(observed: ObservedRun, end: str) -> None:
+    """A task that a trainer did not look at before it ended, however it ended, is done by the next one."""
+    observed.start(ONE_SHOT.format(end=end), ["site-1"], num_rounds=3, launch_external_process=True)
+
+    assert observed.end() == "completed", observed.reason
+    assert observed.model() == [3.0] * 4
+    assert observed.complaints() == {}
+    assert (observed.run_dir / "site-1/trained").read_text() == "012"
+
+
 # What a process that hangs looks like from outside.
 HANGS = """
 import ctypes, os, signal, threading
