@@ -19,7 +19,7 @@ from flarebus.cell import Payload
 from flarebus.client.config import ClientConfig
 from flarebus.client.ex_process.words import CANCEL, LEFT, RESULT, TASK, pack, unpack
 from flarebus.delivery import Delivery
-from flarebus.errors import FlarebusError, SourceLost
+from flarebus.errors import DecodeError, FlarebusError, SourceLost
 from flarebus.job.site_config import SiteConfig
 from flarebus.message import Buffer
 from flarebus.pending import Pending
@@ -204,7 +204,10 @@ class ExternalSite:
             self._wait(limit_s, lambda: self._give_life_up(f"{what} within {limit_s:g} s"))
 
     def _ready(self, life: Trainer, rank: int) -> None:
-        if life is not self._life or self._ended is not None:
+        if life is not self._life:
+            return
+        if self._ended is not None:  # it came too late
+            life.say_end(self._ended)
             return
         if rank == 0:
             self._patience = None
@@ -317,7 +320,11 @@ class ExternalSite:
         if message.topic != RESULT or rank != 0:
             life.fail(rank, message, FlarebusError(f"topic {message.topic!r} of rank {rank} is not known"))
             return
-        fields = unpack(message.body, number=int, error=(str, type(None)), model=bytes)
+        try:
+            fields = unpack(message.body, number=int, error=(str, type(None)), model=bytes)
+        except DecodeError as error:
+            self._refuse_result(life, message, error)
+            return
         work = self._work
         if life is not self._life or work is None or work.number != fields["number"] or self._ended is not None:
             self._answer(life, message, self._ended or "the round is closed")
@@ -480,7 +487,7 @@ class ExternalSite:
         if self._ended is not None:
             self._finish()
             return
-        was_killed = end.signal is not None and not end.was_ended
+        was_killed = (end.signal is not None or end.guardian_end is not None) and not end.was_ended
         if self._work is None and not (life.has_come or was_killed or end.was_ended):
             self._stillborn = described
         self._bury(life, cause_of(end, described, life.lost), was_killed)

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from flarebus.cell import Cell
 from flarebus.client.config import ClientConfig, ConfigKey
 from flarebus.client.ex_process.words import HELLO, PROTOCOL, RECORDS, channel_of, pack, unpack
-from flarebus.errors import Closed, DecodeError
+from flarebus.errors import Closed, ConfigError, DecodeError
 from flarebus.job.class_ref import code_folder_first
 from flarebus.job.site_config import SiteConfig
 from flarebus.message import Buffer
@@ -154,6 +154,9 @@ class Trainer:
         self._code_dir = Path(config.train_script).parent
         with code_folder_first(self._code_dir):
             self._pipe_class = load_pipe_class(self._pipe_name)
+        if self._pipe_class.same_process and config.attach:
+            allowed = "with attach=True a pipe that leaves the process, which this one does not"
+            raise ConfigError("pipe", self._pipe_name, allowed)
 
     @property
     def passes_manifests(self) -> bool:
