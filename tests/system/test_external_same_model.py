@@ -189,6 +189,19 @@ def test_every_pipe_gives_the_model_of_a_script_inside(
     assert [path for path in sockets.iterdir() if not path.name.startswith("torch")] == []
 
 
+@pytest.mark.parametrize("transfer", ["FULL", "DIFF"])
+@pytest.mark.parametrize("framework", list(FRAMEWORKS))
+def test_the_pipe_of_the_example_gives_the_model_of_a_script_inside(
+    trials: Trials, sockets: Path, monkeypatch: pytest.MonkeyPatch, framework: str, transfer: str
+) -> None:
+    """A plug-in that is not part of flarebus, named by its class path, is no different."""
+    source = Path(__file__).parents[2] / "examples/custom_pipe/src"
+    monkeypatch.setenv("PYTHONPATH", str(source))  # as if it were installed, for workers and trainers
+    found = trials.run(framework, transfer, "flarebus_tcp_pipe:TcpPipe", launch_external_process=True)
+
+    assert_same(found, trials.inside(framework, transfer))
+
+
 @pytest.mark.parametrize(
     ("env", "given"),
     [
