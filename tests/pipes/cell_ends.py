@@ -27,8 +27,9 @@ ENV_KEYS = "FLAREBUS_TEST_KEYS"
 class KeyedCellPipe(CellPipe):
     """A CellPipe whose other end, in another process, finds its keys in the environment: an export holds none."""
 
-    def __init__(self, mode: Mode | str, site_name: str, token: str, **given: Any) -> None:
-        super().__init__(mode, site_name, token, keys=json.loads(os.environ[ENV_KEYS]), **given)
+    # `cell` by name: that is how the kit knows that the client job's end stays in this process.
+    def __init__(self, mode: Mode | str, site_name: str, token: str, *, cell: Cell | None = None, **given: Any) -> None:
+        super().__init__(mode, site_name, token, cell=cell, keys=json.loads(os.environ[ENV_KEYS]), **given)
 
 
 class Setting:

@@ -488,6 +488,7 @@ def test_an_export_holds_no_keys(one: Setting) -> None:
         "root_url": one.bus.endpoint,
         "secure_mode": False,
         "workspace_dir": "",
+        "link": "",
     }
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -334,7 +335,7 @@ def test_a_process_that_ends_without_closing(root: Path) -> None:
     # From Python 3.12 on a fork of a process with threads is warned about.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, ("pipes", ".")))}
     done = subprocess.run(
-        ["python", "-W", "ignore", "-c", code],
+        [sys.executable, "-W", "ignore", "-c", code],
         capture_output=True,
         text=True,
         check=True,
