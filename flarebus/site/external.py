@@ -191,6 +191,8 @@ class ExternalSite:
             self._fail_stillborn()
             return
         self._life, self._is_leaving = life, False
+        if self._work is not None:
+            self._work.given.clear()
         if config.attach:
             self._logs.note(self.site, "INFO", f"waiting for a trainer with {self._folder / CONFIG_FILE}")
         if self._work is not None or not config.attach:
@@ -499,7 +501,6 @@ class ExternalSite:
         work = self._work
         if work is None or work.result is not None:
             return
-        work.given.clear()
         if was_leaving:  # the task came when this life was done
             self._begin_life()
         elif not (was_killed or work.spared or life.took(work.number)):
