@@ -430,6 +430,21 @@ def test_a_cancelled_task_is_neither_begun_nor_answered(play: Play, pipe: str) -
 # --- results that are lost
 
 
+def test_a_result_that_died_with_its_trainer_is_asked_of_the_next_one(play: Play) -> None:
+    """Its process ended while the server fetched the result: the next life gets the same task."""
+    site = play()
+    process = site.launch()
+    engine = process.init()
+    site.give(1, 5.0)
+    task, _ = take(engine)
+    send(engine, task, 1.0)
+    result = site.result()
+    process.exit(signal=9)
+    result.fail(SourceLost("site-1.job.0.x"))
+
+    assert answered(site, site.launch().init(), 2.0) == [5.0, 5.0]
+
+
 def test_a_result_that_was_lost_on_its_way_is_the_scripts_to_send_again(play: Play) -> None:
     """The trainer lives: `send` raises, and a second one is taken."""
     site = play()
