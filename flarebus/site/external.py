@@ -46,7 +46,7 @@ HUNG_S = 3.0
 # The same when the job was aborted and nobody wants anything of it any more.
 ABORT_LEAVE_S, ABORT_HUNG_S = 0.5, 1.0
 # A connection that broke is mostly that of a process that is about to end; one that still lives after this long hangs.
-SUSPECT_S = 1.0
+SUSPECT_S = 3.0
 
 
 class ExternalSite:
