@@ -107,7 +107,8 @@ def test_killed_in_the_middle_of_an_upload(observed: ObservedRun, monkeypatch: p
 PAUSE = """
     import os, threading
     if os.path.basename(os.getcwd()) == "site-1" and not os.path.exists("paused"):
-        open("paused", "w").write(str(os.getpid()))
+        open("pausing", "w").write(str(os.getpid()))
+        os.rename("pausing", "paused")  # never there without its content
         threading.Event().wait()
 """
 
