@@ -12,7 +12,32 @@ from dataclasses import dataclass
 
 from flarebus.errors import ConfigError
 
-__all__ = ["PluginKind", "origin_of"]
+__all__ = ["Installed", "PluginKind", "origin_of"]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Installed:
+    """A name that an installed distribution gives to a class.
+
+    Args:
+        name: the entry point's.
+        path: of the class, `module:Class`.
+        distribution: who brings it; "" if that is unknown.
+        version: of the distribution.
+    """
+
+    name: str
+    path: str
+    distribution: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.owner})"
+
+    @property
+    def owner(self) -> str:
+        """The distribution with its version."""
+        return f"{self.distribution} {self.version}" if self.distribution else "unknown distribution"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +55,22 @@ class PluginKind:
     def known(self) -> dict[str, str]:
         """Name of each installed one, with where it comes from: `module:Class (distribution version)`."""
         found: dict[str, list[str]] = {}
-        for name, value, owner in _entries(self.group):
-            origins = found.setdefault(name, [])
-            # An editable install beside a build folder lists one entry point twice.
-            if f"{value} ({owner})" not in origins:
-                origins.append(f"{value} ({owner})")
-        return {name: ", ".join(sorted(origins)) for name, origins in sorted(found.items())}
+        for each in self.installed():
+            found.setdefault(each.name, []).append(str(each))
+        return {name: ", ".join(origins) for name, origins in found.items()}
+
+    def installed(self) -> list[Installed]:
+        """Every installed one, sorted; a name that several distributions claim stands there for each of them."""
+        # Only who asks for a name pays for it: a training script is handed paths, and its import has a budget.
+        from importlib import metadata
+
+        # A set: an editable install beside a build folder lists one entry point twice.
+        return sorted(
+            {
+                Installed(entry.name, entry.value, *((entry.dist.name, entry.dist.version) if entry.dist else ("", "")))
+                for entry in metadata.entry_points(group=self.group)
+            }
+        )
 
     def load(self, name: str) -> type:
         """The class of plug-in `name`.
@@ -52,7 +87,7 @@ class PluginKind:
         if ":" in name or "." in name:
             # Asked first for names without dots only: reading all entry points takes longer than most imports.
             return self._import_class(name, name)
-        values = {value for each, value, _ in _entries(self.group) if each == name}
+        values = {each.path for each in self.installed() if each.name == name}
         if len(values) > 1:
             raise ConfigError(self.noun, name, f"claimed more than once: {self.known()[name]}; uninstall one")
         if values:
@@ -77,8 +112,9 @@ class PluginKind:
                 found = getattr(found, part)
         except Exception as error:  # the module is somebody else's: it may raise whatever it likes
             text = f"{error}" if isinstance(error, (ImportError, AttributeError, ValueError)) else f"{error!r}"
-            allowed = f"cannot load {path}: {text}; {self._nearest(attribute)}{self._listed()}"
-            raise ConfigError(self.noun, name, allowed) from error
+            # An installed name was no slip of the pen: which others there are would be no help.
+            others = f"; {self._nearest(attribute)}{self._listed()}" if name == path else ""
+            raise ConfigError(self.noun, name, f"cannot load {path}: {text}{others}") from error
         if not isinstance(found, type):
             raise ConfigError(self.noun, name, f"{path} is a {type(found).__name__}, not a class")
         return found
@@ -87,13 +123,3 @@ class PluginKind:
 def origin_of(cls: type) -> str:
     """The path of a class, as `PluginKind.load` takes it: `package.module.Class`, or with a colon if it is nested."""
     return f"{cls.__module__}{':' if '.' in cls.__qualname__ else '.'}{cls.__qualname__}"
-
-
-def _entries(group: str) -> list[tuple[str, str, str]]:
-    # Only who asks for a name pays for it: a training script is handed paths, and its import has a budget.
-    from importlib import metadata
-
-    return [
-        (entry.name, entry.value, f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown distribution")
-        for entry in metadata.entry_points(group=group)
-    ]

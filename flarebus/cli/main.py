@@ -17,6 +17,7 @@ __all__ = ["main"]
 _COMMANDS = {
     "bench": "Measure flarebus on this machine: rounds, the bus, the import.",
     "keys": "Make the keys of a router and of those who may dial it.",
+    "plugins": "List the workflows, pipes and trackers that are installed here.",
 }
 
 

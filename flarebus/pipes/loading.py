@@ -15,10 +15,10 @@ from flarebus.pipes.message import Message, Topic
 from flarebus.pipes.pipe import ExportMode, Mode, Pipe
 from flarebus.plugins import PluginKind, origin_of
 
-__all__ = ["PIPE_GROUP", "known_pipes", "load_pipe_class", "make_pipe"]
+__all__ = ["PIPES", "PIPE_GROUP", "known_pipes", "load_pipe_class", "make_pipe"]
 
 PIPE_GROUP = "flarebus.pipes"
-_PIPES = PluginKind("pipe", PIPE_GROUP)
+PIPES = PluginKind("pipe", PIPE_GROUP)
 
 # Configurations written for NVFlare name its classes.
 _NVFLARE = {
@@ -44,7 +44,7 @@ _CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
 
 def known_pipes() -> dict[str, str]:
     """Name of each installed pipe, with where it comes from: `module:Class (distribution version)`."""
-    return _PIPES.known()
+    return PIPES.known()
 
 
 def load_pipe_class(name: str) -> type[Pipe]:
@@ -58,7 +58,7 @@ def load_pipe_class(name: str) -> type[Pipe]:
         ConfigError: it does not exist (the message lists what is installed), is no pipe, or leaves out a part of the
             contract; names the class and the method.
     """
-    cls = _PIPES.load(_NVFLARE.get(name, name) if isinstance(name, str) else name)
+    cls = PIPES.load(_NVFLARE.get(name, name) if isinstance(name, str) else name)
     path = origin_of(cls)
     if not issubclass(cls, Pipe):
         raise ConfigError("pipe", name, f"{path} is not a pipe: derive it from flarebus.pipes.Pipe")

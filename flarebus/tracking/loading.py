@@ -10,10 +10,10 @@ from flarebus.job.tracking_ref import TrackingRef
 from flarebus.plugins import PluginKind
 from flarebus.tracking.tracker import Tracker
 
-__all__ = ["TRACKER_GROUP", "check_installed", "check_tracking", "load_tracker"]
+__all__ = ["TRACKERS", "TRACKER_GROUP", "check_installed", "check_library", "check_tracking", "load_tracker"]
 
 TRACKER_GROUP = "flarebus.trackers"
-_TRACKERS = PluginKind("tracking_type", TRACKER_GROUP)
+TRACKERS = PluginKind("tracking_type", TRACKER_GROUP)
 
 
 def load_tracker(name: str) -> type[Tracker]:
@@ -25,7 +25,7 @@ def load_tracker(name: str) -> type[Tracker]:
     Raises:
         ConfigError: as `PluginKind.load`, or the class is no tracker.
     """
-    found = _TRACKERS.load(name)
+    found = TRACKERS.load(name)
     if not issubclass(found, Tracker):
         raise ConfigError("tracking_type", name, f"{found.__qualname__} is no flarebus.tracking.Tracker")
     if inspect.isabstract(found):
@@ -51,11 +51,21 @@ def check_installed(ref: TrackingRef) -> None:
     Raises:
         ConfigError: see `check_tracking`; or it is not, and says how to install it.
     """
-    found = check_tracking(ref)
+    check_tracking(ref)
+    check_library(ref.tracker)
+
+
+def check_library(name: str) -> None:
+    """See that the library of tracker `name` is installed here; it is looked for, not loaded.
+
+    Raises:
+        ConfigError: see `load_tracker`; or it is not, and says how to install it.
+    """
+    found = load_tracker(name)
     missing = [module for module in found.requires if not _is_there(module)]
     if missing:
         how = f"pip install 'flarebus[{found.extra}]'" if found.extra else f"pip install {' '.join(missing)}"
-        raise ConfigError("tracking_type", ref.tracker, f"needs {', '.join(missing)}, which is not installed: {how}")
+        raise ConfigError("tracking_type", name, f"needs {', '.join(missing)}, which is not installed: {how}")
 
 
 def _is_there(module: str) -> bool:

@@ -60,6 +60,18 @@ def test_pipe_keeps_its_promises_where_it_is_installed(fresh: FreshEnvironment) 
     assert done.returncode == 0, done.stdout
 
 
+def test_pipe_is_listed_with_its_origin(fresh: FreshEnvironment, tmp_path: Path) -> None:
+    """`flarebus plugins` shows the pipe beside the built-in ones, and all of them can be used."""
+    done = fresh.run(["flarebus", "plugins"], tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    assert ["pipe", "tcp", "flarebus_tcp_pipe:TcpPipe", "flarebus-tcp-pipe", "1.0"] in map(
+        str.split, done.stdout.splitlines()
+    )
+    assert "workflows.fedavg:FedAvg" in done.stdout
+    assert "cannot be used" not in done.stdout
+
+
 def test_unknown_name_lists_what_is_installed(fresh: FreshEnvironment) -> None:
     """A job that names no pipe says what the site has, where each comes from, and which name is near."""
     done = fresh.run(["python", "job.py", "--pipe", "tpc"], EXAMPLE)

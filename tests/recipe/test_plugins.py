@@ -21,7 +21,13 @@ def installed(tmp_path, monkeypatch):
         folder.joinpath("entry_points.txt").write_text(f"[flarebus.workflows]\n{entries}\n")
 
     tmp_path.joinpath("my_flow.py").write_text(
-        "class Flow:\n    def __init__(self, **settings):\n        self.settings = settings\n\nnumber = 3\n"
+        "from flarebus.workflow.controller import Controller\n\n"
+        "class Flow(Controller):\n"
+        "    def __init__(self, **settings):\n        self.settings = settings\n\n"
+        "    def run(self, job):\n        pass\n\n"
+        "class Half(Controller):\n    pass\n\n"
+        "class Stranger:\n    pass\n\n"
+        "number = 3\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     yield install
@@ -67,12 +73,22 @@ def test_same_claim_twice_is_one(installed):
     assert load_workflow("my_flow").__name__ == "Flow"
 
 
+def test_installed_name_that_cannot_be_loaded_says_why_and_no_more(installed):
+    """The name was right, so which others there are is left out."""
+    installed("my-plugin", "my_flow = no_such_module:Flow")
+
+    with pytest.raises(ConfigError, match=r"cannot load no_such_module:Flow: No module named 'no_such_module'$"):
+        load_workflow("my_flow")
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
         ("no_such_module:Flow", "cannot load no_such_module:Flow"),
         ("my_flow:Nothing", "cannot load my_flow:Nothing"),
         ("my_flow:number", "is a int, not a class"),
+        ("my_flow:Stranger", "Stranger is no workflow: derive it from flarebus.workflow.controller.Controller"),
+        ("my_flow:Half", "my_flow.Half does not implement run"),
         (".", "cannot load"),
         ("", "the name of a workflow"),
         (None, "the name of a workflow"),
