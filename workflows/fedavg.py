@@ -53,6 +53,7 @@ class FedAvg(Controller):
         patience: no more rounds after so many without a better `stop_cond` metric.
         enable_tensor_disk_offload: results wait in files, not in memory. Read by the server job.
         memory_gc_rounds: give memory back to the system every so many rounds; 0 never.
+        hyper_params: go to the sites beside the parameters of every model; sites answer without them.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class FedAvg(Controller):
         patience: int | None = None,
         enable_tensor_disk_offload: bool = False,
         memory_gc_rounds: int = 0,
+        hyper_params: Mapping[str, Any] | None = None,
     ) -> None:
         self.num_rounds = num_rounds
         self.min_clients = min_clients
@@ -89,6 +91,7 @@ class FedAvg(Controller):
         self.stop_rule = StopRule(stop_cond, patience)
         self.enable_tensor_disk_offload = enable_tensor_disk_offload
         self.memory_gc_rounds = memory_gc_rounds
+        self.hyper_params = dict(hyper_params or {})
 
     def run(self, job: Job) -> None:
         """Average for `num_rounds` rounds, or until the stop condition is met."""
@@ -128,7 +131,7 @@ class FedAvg(Controller):
 
     def new_task(self, number: int, model: dict[str, Any]) -> Task:
         """What the sites are given in round `number`."""
-        return Task("train", FLModel(params=model), number, self.num_rounds)
+        return Task("train", FLModel(params={**model, **self.hyper_params}), number, self.num_rounds)
 
     def new_mean(self, model: dict[str, Any]) -> RoundMean:
         """Where the results of one round are gathered."""

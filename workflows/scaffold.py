@@ -53,8 +53,9 @@ class Scaffold(FedAvg):
 
     def new_task(self, number: int, model: dict[str, Any]) -> Task:
         """What the sites are given: model and c."""
-        given = FLModel(params=model, optimizer_params={SCAFFOLD_CONTROL: self._control_of(model)})
-        return replace(super().new_task(number, model), model=given)
+        task = super().new_task(number, model)
+        control = {SCAFFOLD_CONTROL: self._control_of(model)}
+        return replace(task, model=FLModel(params=task.model.params, optimizer_params=control))
 
     def new_mean(self, model: dict[str, Any]) -> RoundMean:
         """Gathers models as federated averaging does, and changes of control variates."""

@@ -30,6 +30,7 @@ from flarebus.recipe.validate import (
     check_best_filename,
     check_ckpt,
     check_model,
+    check_plain,
     check_weights,
 )
 from flarebus.workflow.condition import Condition
@@ -54,6 +55,7 @@ _SETTINGS = (
     "patience",
     "enable_tensor_disk_offload",
     "memory_gc_rounds",
+    "hyper_params",
 )
 
 
@@ -113,6 +115,9 @@ class FedAvgRecipe(Recipe):
             no limit.
         attach: somebody else starts the process, with the client configuration that the site publishes; instead of
             `launch_external_process`.
+        hyper_params: name -> number, string, True, False, None, or lists and dicts of them. Scripts find them in the
+            `params` of every model that they receive, beside its parameters, and answer without them; not averaged,
+            and not in the model files.
 
     Raises:
         ConfigError: a parameter is wrong; names it, its value and what is allowed.
@@ -163,6 +168,7 @@ class FedAvgRecipe(Recipe):
         deterministic: bool = False,
         launch_timeout: float | None = 300.0,
         attach: bool = False,
+        hyper_params: dict[str, Any] | None = None,
     ) -> None:
         given = dict(locals())  # before any other local: exactly the parameters
         if model_persistor is not None:
@@ -174,9 +180,11 @@ class FedAvgRecipe(Recipe):
         defaults, sites = make_sites(given)
         if sites and len(sites) < settings["min_clients"]:
             raise ConfigError("per_site_config", sorted(sites), f"at least min_clients={min_clients} sites")
-        data_kind = _data_kind(aggregator_data_kind, settings["aggregator"], list(sites.values()) or [defaults])
+        configs = list(sites.values()) or [defaults]
+        data_kind = _data_kind(aggregator_data_kind, settings["aggregator"], configs)
         ckpt, bundled = check_ckpt(initial_ckpt)
         start_model = check_model(model)
+        _check_beside(settings["hyper_params"], start_model, configs)
         if start_model is None and ckpt is None and defaults.framework is not FrameworkType.RAW:
             raise ConfigError("model", None, "needed, unless there is an initial_ckpt or the framework is RAW")
         self._definition = JobDefinition(
@@ -249,6 +257,7 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
         "patience": _optional(check_int, "patience", given, 1),
         "enable_tensor_disk_offload": check_flag("enable_tensor_disk_offload", given["enable_tensor_disk_offload"]),
         "memory_gc_rounds": check_int("server_memory_gc_rounds", given["server_memory_gc_rounds"], 0),
+        "hyper_params": _optional(check_plain, "hyper_params", given),
     }
     _check_together(settings)
     return settings
@@ -275,6 +284,18 @@ def _check_together(settings: Mapping[str, Any]) -> None:
             if settings[parameter] is not None:
                 allowed = "None beside a custom aggregator, which alone decides what it averages and how"
                 raise ConfigError(parameter, settings[parameter], allowed)
+
+
+def _check_beside(hyper_params: Mapping[str, Any] | None, model: object, sites: list[SiteConfig]) -> None:
+    """That hyper-parameters can travel beside the parameters of the model."""
+    if not hyper_params:
+        return
+    both = sorted(hyper_params.keys() & model.keys()) if isinstance(model, Mapping) else []
+    if both:
+        raise ConfigError(f"hyper_params[{both[0]!r}]", hyper_params[both[0]], "a name that the model has not")
+    if any(config.params_transfer_type is TransferType.DIFF for config in sites):
+        allowed = "TransferType.FULL beside hyper_params: what a site answers lacks them, so it is no difference"
+        raise ConfigError("params_transfer_type", "DIFF", allowed)
 
 
 def _data_kind(value: object, aggregator: object, sites: list[SiteConfig]) -> DataKind | None:

@@ -5,6 +5,7 @@ Nothing here writes; files are looked for, never opened.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -30,6 +31,7 @@ __all__ = [
     "check_ckpt",
     "check_clients",
     "check_model",
+    "check_plain",
     "check_script",
     "check_site_name",
     "check_weights",
@@ -147,6 +149,27 @@ def check_aggregator(value: object) -> Any:
         )
         raise ConfigError("aggregator", value, allowed)
     return value
+
+
+def check_plain(parameter: str, value: object) -> dict[str, Any]:
+    """Name -> plain value, as JSON gives it back, so that a job that was exported has the same."""
+    found = {}
+    for name, each in check_mapping(parameter, value).items():
+        if not isinstance(name, str) or not name:
+            raise ConfigError(parameter, name, "names that are strings")
+        try:
+            found[name] = json.loads(json.dumps(each, allow_nan=False, default=_number))
+        except (TypeError, ValueError) as error:
+            allowed = f"numbers, strings, True, False, None, lists and dicts of them ({error})"
+            raise ConfigError(f"{parameter}[{name!r}]", each, allowed) from None
+    return found
+
+
+def _number(value: object) -> Any:
+    """What JSON makes of a NumPy number: the plain one."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is none of these")
 
 
 def check_weights(value: object) -> dict[str, float] | None:

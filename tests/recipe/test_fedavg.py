@@ -247,6 +247,7 @@ def test_settings_reach_the_workflow_unchanged(make):
         "stop_cond": "loss < 0.1",
         "patience": 4,
         "enable_tensor_disk_offload": True,
+        "hyper_params": {"eta0": 0.1, "loss": "hinge", "penalty": None},
     }
 
     recipe = make(**chosen, server_memory_gc_rounds=2)
@@ -276,6 +277,7 @@ def test_default_settings_are_those_of_the_signature(make):
         "patience": None,
         "enable_tensor_disk_offload": False,
         "memory_gc_rounds": 0,
+        "hyper_params": None,
     }
 
 

@@ -29,6 +29,24 @@ def weights(job: FakeJob) -> list[float]:
     return found
 
 
+# --- what sites are given
+
+
+def test_hyper_params_go_out_beside_every_model() -> None:
+    """Scripts find them in what they receive, in the first round alone; they are no part of any model."""
+    seen: list[dict[str, Any]] = []
+
+    def answer(site: str, number: int, params: dict[str, Any]) -> FLModel:
+        seen.append({name: value if name != "w" else value.tolist() for name, value in params.items()})
+        return update(number)
+
+    told = {"loss": "hinge", "n": 2, "rate": 0.5, "warm": True, "weight": None}
+    job = run(FakeJob(answer, ["a"]), rounds=2, hyper_params=told, key_metric="")
+
+    assert seen == [told, {"w": [0.0] * 3, **told}]
+    assert job.model.keys() == {"w"}
+
+
 # --- the mean
 
 

@@ -45,6 +45,16 @@ def sent(job: FakeJob) -> list[Any]:
     return found
 
 
+def test_hyper_params_go_out_too() -> None:
+    """What federated averaging sends beside the model, SCAFFOLD sends as well."""
+    job = FakeJob(lambda *_: answer(1, 1), params=ZEROS)
+    run(job, hyper_params={"rate": 0.5})
+
+    given = job.rounds_done[0].task.model.params or {}
+    assert (given.keys(), given["rate"]) == ({"w", "rate"}, 0.5)
+    assert sent(job) == [{"w": [0, 0]}]
+
+
 @pytest.mark.parametrize("kind", ["FULL", "DIFF"])
 def test_two_rounds_by_hand(kind: str) -> None:
     """c begins at zero and moves by the mean of the changes, whether sites send models or differences."""
