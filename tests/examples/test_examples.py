@@ -9,6 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from sklearn.cluster import KMeans
+from sklearn.datasets import load_breast_cancer, load_iris
+from sklearn.linear_model import SGDClassifier
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from tests.examples.readme import commands
 
@@ -26,6 +32,13 @@ def run(name: str, command: list[str]) -> tuple[Path, str]:
     found = re.search(r"^result: (.*)$", done.stdout, re.MULTILINE)
     assert found is not None
     return Path(found[1]), done.stdout
+
+
+def said(name: str, output: str) -> float:
+    """The number that a program printed under a name."""
+    found = re.search(rf"^{name}: (.*)$", output, re.MULTILINE)
+    assert found is not None
+    return float(found[1])
 
 
 def rounds(run_dir: Path) -> list[dict[str, object]]:
@@ -56,12 +69,39 @@ def test_hello_torch(number: int, expected_rounds: int) -> None:
     """Each command of the README completes, and the network has learnt the digits."""
     run_dir, output = run("hello_torch", commands(EXAMPLES / "hello_torch" / "README.md")[number])
 
-    accuracy = re.search(r"^accuracy: (.*)$", output, re.MULTILINE)
-    assert accuracy is not None
-    assert float(accuracy[1]) > 0.85
+    assert said("accuracy", output) > 0.85
     assert len(rounds(run_dir)) == expected_rounds
     is_external = "its trainer process ended with exit code 0" in (run_dir / "site-1" / "log.txt").read_text()
     assert is_external == (number == 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "expected_rounds"), [(0, 10), (1, 20)], ids=["plain", "with arguments"])
+def test_sklearn_linear(number: int, expected_rounds: int) -> None:
+    """Each command of the README completes; the model is as accurate as one of all data in one place, within 0.02."""
+    command = commands(EXAMPLES / "sklearn_linear" / "README.md")[number]
+    run_dir, output = run("sklearn_linear", command)
+
+    x, y = load_breast_cancer(return_X_y=True)
+    x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=0.25, random_state=0, stratify=y)
+    loss = command[command.index("--loss") + 1] if "--loss" in command else "log_loss"
+    pooled = make_pipeline(StandardScaler(), SGDClassifier(loss, alpha=0.001, random_state=0)).fit(x_train, y_train)
+    assert said("accuracy", output) == pytest.approx(pooled.score(x_test, y_test), abs=0.02)
+    assert len(rounds(run_dir)) == expected_rounds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "expected_rounds"), [(0, 5), (1, 8)], ids=["plain", "with arguments"])
+def test_sklearn_kmeans(number: int, expected_rounds: int) -> None:
+    """Each command of the README completes; the inertia is that of all flowers in one place, within 0.5 %."""
+    command = commands(EXAMPLES / "sklearn_kmeans" / "README.md")[number]
+    run_dir, output = run("sklearn_kmeans", command)
+
+    n_clusters = int(command[command.index("--n-clusters") + 1]) if "--n-clusters" in command else 3
+    pooled = KMeans(n_clusters, n_init=20, random_state=0).fit(load_iris().data)
+    assert said("inertia", output) == pytest.approx(pooled.inertia_, rel=0.005)
+    assert said("homogeneity", output) > 0.7
+    assert len(rounds(run_dir)) == expected_rounds
 
 
 def test_every_example_is_run() -> None:
@@ -70,4 +110,6 @@ def test_every_example_is_run() -> None:
         "custom_pipe": 4,  # in test_custom_pipe
         "hello_numpy": 2,
         "hello_torch": 3,
+        "sklearn_kmeans": 2,
+        "sklearn_linear": 2,
     }
