@@ -100,7 +100,7 @@ def _digits(options: Options, common: dict[str, Any]) -> Plan:
     except ModuleNotFoundError as error:
         raise UsageError(f"the digits need scikit-learn ({error}): pip install 'flarebus[sklearn]'") from None
     arguments = common | {
-        "train_script": str(Path(__file__).with_name("_digits_client.py")),
+        "train_script": str(Path(__file__).with_name("_scripts") / "digits_client.py"),
         "train_args": f"--sites {','.join(options.clients)} --seed {options.seed} {options.train_args}".strip(),
         "model": _digits.initial_model(options.seed),
         "framework": FrameworkType.NUMPY,
