@@ -19,6 +19,7 @@ from sklearn.svm import SVC
 from flarebus.errors import ConfigError, JobFailed, UpdateRefused
 from flarebus.model import FLModel
 from flarebus.workflow.aggregator import ModelAggregator
+from flarebus.workflow.robust import MedianAggregator
 from flarebus.workflow.sklearn import KMeansAggregator, SVMAggregator
 from tests.workflow.fake_job import Answer, FakeJob
 from workflows.fedavg import FedAvg
@@ -274,6 +275,19 @@ def test_sites_with_the_same_data_train_as_one_does() -> None:
         alone = fitted(number, alone)
     assert job.model["coef"] == pytest.approx(alone["coef"], abs=1e-12)
     assert job.model["intercept"] == pytest.approx(alone["intercept"], abs=1e-12)
+
+
+def test_a_robust_aggregator_takes_the_place_of_the_mean() -> None:
+    """It sees coefficients alone, from the first round on, though sites are told hyper-parameters beside them."""
+
+    def answer(site: str, number: int, params: dict[str, Any]) -> FLModel:
+        assert params["loss"] == "hinge"
+        return FLModel(params={"coef": params.get("coef", np.zeros((1, 2))) + {"a": 1, "b": 2, "c": 1e6}[site]})
+
+    job = run(FakeJob(answer, SITES), num_rounds=2, aggregator=MedianAggregator(), hyper_params={"loss": "hinge"})
+
+    assert [done.refused for done in job.rounds_done] == [{}, {}]
+    assert job.model["coef"].tolist() == [[4.0, 4.0]]
 
 
 # --- both aggregators
