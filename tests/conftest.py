@@ -6,6 +6,7 @@ import os
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -19,6 +20,13 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "flarebus"
 def _own_simulation_root(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the user's cache folder out of the tests, also in the processes they start."""
     os.environ["FLAREBUS_SIMULATION_ROOT"] = str(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def tf() -> Any:
+    """TensorFlow, which takes seconds to import: only where a test asks for it, and without its greetings."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    return pytest.importorskip("tensorflow")
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 
 Values are looked for in dicts, lists and tuples, however deep; whatever is neither an array nor a tensor passes as it
 is, and a container in which nothing changes is returned itself. PyTorch is imported only to make tensors for a script
-that wants them, ml_dtypes only for the dtypes that NumPy lacks (bfloat16, float8).
+that wants them, ml_dtypes only for the dtypes that NumPy lacks (bfloat16, float8). Tensors are PyTorch's and,
+on the way to arrays, TensorFlow's, variables among them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from flarebus.errors import ClientApiError
+from flarebus.tf_values import is_tf_value, tf_array
 
 __all__ = ["difference", "plain_scalar", "private_copy", "to_arrays", "to_tensors"]
 
@@ -53,19 +55,22 @@ def to_tensors(value: Any, path: _Path = ()) -> Any:
 def to_arrays(value: Any, path: _Path = ()) -> Any:
     """Replace every dense tensor in `value` by an array of its shape and dtype.
 
-    A tensor on the CPU is not copied: the array is its memory. Tensors that are the same memory in the same form (tied
-    weights) become one array object.
+    A tensor on the CPU is not copied: the array is its memory. Tensors of PyTorch that are the same memory in the same
+    form (tied weights) become one array object. Arrays of what comes from TensorFlow are read-only.
 
     Raises:
-        ClientApiError: a tensor has no dense array (sparse, quantised, on the meta device); names its path.
+        ClientApiError: a tensor has no dense array (sparse, ragged, quantised, on the meta device, of strings); names
+            its path.
     """
     torch = sys.modules.get("torch")
-    if torch is None:  # nobody can hold a tensor
+    if torch is None and "tensorflow" not in sys.modules:  # nobody can hold a tensor
         return value
     seen: dict[tuple[Any, ...], np.ndarray[Any, Any]] = {}
 
     def leaf(item: Any, at: _Path) -> Any:
-        return _array(item, torch, at, seen) if isinstance(item, torch.Tensor) else item
+        if torch is not None and isinstance(item, torch.Tensor):
+            return _array(item, torch, at, seen)
+        return _tf_array(item, at) if is_tf_value(item) else item
 
     return _walk(value, leaf, path)
 
@@ -77,11 +82,13 @@ def plain_scalar(value: Any) -> Any:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor) and value.numel() == 1:
         return value.item()
-    return value
+    array = tf_array(value)
+    return value if array is None or array.size != 1 else array.item()
 
 
 def private_copy(value: Any) -> Any:
-    """Copy every array and tensor in `value`; the copies share no memory with anything."""
+    """Copy every array and tensor in `value`; the copies share no memory with anything. Those of what comes from
+    TensorFlow are arrays."""
     torch = sys.modules.get("torch")
 
     def leaf(item: Any, _: _Path) -> Any:
@@ -89,7 +96,8 @@ def private_copy(value: Any) -> Any:
             return np.array(item, order="K", subok=False)
         if torch is not None and isinstance(item, torch.Tensor):
             return item.detach().clone()
-        return item
+        array = tf_array(item)
+        return item if array is None else array.copy()
 
     return _walk(value, leaf, ())
 
@@ -98,7 +106,8 @@ def difference(sent: dict[Any, Any], base: dict[Any, Any]) -> dict[Any, Any]:
     """Subtract `base` from `sent`, entry by entry, in the dtype they have.
 
     Args:
-        sent: the trained parameters: arrays, tensors on any device, numbers, lists and dicts of them. Only read.
+        sent: the trained parameters: arrays, tensors on any device, numbers, lists and dicts of them. Only read. For
+            tensors and variables of TensorFlow the differences are arrays.
         base: what was received, from `private_copy`. *Used up*: where shape and dtype agree the difference is written
             into its memory, so that no third model is held.
 
@@ -109,6 +118,7 @@ def difference(sent: dict[Any, Any], base: dict[Any, Any]) -> dict[Any, Any]:
     Raises:
         ClientApiError: keys or shapes differ, or an unsigned entry got smaller; names them. `base` is still whole.
     """
+    sent = _walk(sent, lambda item, _: item if (array := tf_array(item)) is None else array, ())
     _check_alike(sent, base, ("params",))
     return {key: _minus(new, base[key]) for key, new in sent.items()}
 
@@ -173,6 +183,16 @@ def _array(tensor: Any, torch: ModuleType, path: _Path, seen: dict[tuple[Any, ..
     else:
         array = tensor.numpy()
     seen[key] = array
+    return array
+
+
+def _tf_array(value: Any, path: _Path) -> np.ndarray[Any, Any]:
+    array = tf_array(value)
+    if array is None:
+        kind = f"{type(value).__name__} of {value.dtype!r}"
+        raise ClientApiError(
+            f"{_shown(path)}: a {kind} cannot be sent as an array; make it dense, and of numbers, first"
+        )
     return array
 
 

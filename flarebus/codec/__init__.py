@@ -1,9 +1,10 @@
 """The codec: any value that may travel, as a small msgpack body and the buffers of its arrays, and back.
 
 What travels: None, bool, int, float, complex, str, bytes, bytearray; list, tuple, set, frozenset, dict, OrderedDict;
-datetime, date, time, timedelta; NumPy arrays and scalars; torch tensors and parameters; `FLModel`; and what is
-registered here. It is not pickle: everything else is refused, with the path to it, and nothing that comes in causes a
-name to be looked up or code to be run. Subclasses are never taken for their base class.
+datetime, date, time, timedelta; NumPy arrays and scalars; torch tensors and parameters; TensorFlow tensors and
+variables, those of Keras included; `FLModel`; and what is registered here. It is not pickle: everything else is
+refused, with the path to it, and nothing that comes in causes a name to be looked up or code to be run. Subclasses are
+never taken for their base class.
 
 Strings, bytes and arrays from `externalise_from` bytes on leave the body as buffers, which are not copied. Arrays and
 tensors that share memory still share it on the other side.
@@ -24,6 +25,7 @@ from flarebus.codec._numpy import add_numpy
 from flarebus.codec._plain import add_plain
 from flarebus.codec._records import DataclassDecomposer, EnumDecomposer
 from flarebus.codec._registry import DEFAULT, Decomposer, Sink, Source
+from flarebus.codec._tensorflow import add_tensorflow
 from flarebus.codec._torch import add_torch
 from flarebus.message import Buffer
 from flarebus.model import FLModel
@@ -46,6 +48,7 @@ __all__ = [
 add_plain(DEFAULT)
 add_numpy(DEFAULT)
 add_torch(DEFAULT)
+add_tensorflow(DEFAULT)
 add_model(DEFAULT)
 
 

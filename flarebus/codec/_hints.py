@@ -38,6 +38,8 @@ def hint_for(value: Any) -> str:
     for kinds, hint in _RULES:
         if isinstance(value, kinds):
             return hint
+    if hasattr(value, "get_weights"):
+        return "send its get_weights()"
     if hasattr(value, "state_dict"):
         return "send its state_dict()"
     if callable(value):

@@ -20,6 +20,7 @@ __all__ = [
     "FROZENSET",
     "INLINE_BELOW",
     "INLINE_ROOM",
+    "KERAS_VARIABLE",
     "LAST_PUBLIC_ID",
     "LIST",
     "MAX_BODY",
@@ -33,6 +34,10 @@ __all__ = [
     "SET",
     "STR",
     "TENSOR",
+    "TF_RAGGED",
+    "TF_SPARSE",
+    "TF_TENSOR",
+    "TF_VARIABLE",
     "TIME",
     "TIMEDELTA",
     "TUPLE",
@@ -61,6 +66,11 @@ NDARRAY = 30
 NDARRAY_VIEW = 31
 NUMPY_SCALAR = 32
 TENSOR = 40
+TF_TENSOR = 50
+TF_VARIABLE = 51
+TF_RAGGED = 52
+TF_SPARSE = 53
+KERAS_VARIABLE = 54
 
 FIRST_PUBLIC_ID = 100
 LAST_PUBLIC_ID = 32_767

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flarebus.errors import ConfigError
+from flarebus.tf_values import is_tf_value, tf_array, tf_like
 
 __all__ = ["as_array", "flatten", "is_flat", "is_number_dtype", "rebuild", "restore"]
 
@@ -66,19 +67,19 @@ def _replaced(name: str, value: Any, leaves: Mapping[str, Any]) -> Any:
 
 
 def as_array(leaf: Any) -> NDArray[Any] | None:
-    """Return an array on the memory of `leaf`, or None if it is neither array, NumPy scalar nor dense tensor.
+    """Return an array on the memory of `leaf`, or None if it is neither array, NumPy scalar, dense tensor nor variable.
 
     A NumPy scalar becomes a 0-d array (a copy), a tensor on another device is copied to the CPU. Tensors of dtypes that
-    NumPy lacks come as `ml_dtypes`. torch is never imported here.
+    NumPy lacks come as `ml_dtypes`. What comes from TensorFlow is read-only. No framework is ever imported here.
     """
     if isinstance(leaf, np.ndarray):
         return leaf
     if isinstance(leaf, np.generic):
         return np.asarray(leaf)
     torch: Any = sys.modules.get("torch")
-    if torch is None or not isinstance(leaf, getattr(torch, "Tensor", ())):
-        return None
-    return _tensor_view(torch, leaf)
+    if torch is not None and isinstance(leaf, getattr(torch, "Tensor", ())):
+        return _tensor_view(torch, leaf)
+    return tf_array(leaf)
 
 
 def _tensor_view(torch: Any, leaf: Any) -> NDArray[Any] | None:
@@ -98,11 +99,14 @@ def _tensor_view(torch: Any, leaf: Any) -> NDArray[Any] | None:
 
 
 def restore(array: NDArray[Any], leaf: Any) -> Any:
-    """Return `array` as the kind of thing `leaf` is: array, NumPy scalar, or tensor on the same memory."""
+    """Return `array` as the kind of thing `leaf` is: array, NumPy scalar, or tensor on the same memory; for
+    TensorFlow, a tensor or variable on memory of its own."""
     if isinstance(leaf, np.generic):
         return array[()]
     if isinstance(leaf, np.ndarray):
         return array
+    if is_tf_value(leaf):
+        return tf_like(array, leaf)
     torch = sys.modules["torch"]  # it is there: `leaf` is a tensor
     if not array.dtype.type.__module__.startswith("ml_dtypes"):
         return torch.from_numpy(array)

@@ -222,3 +222,51 @@ def test_private_copy_shares_nothing() -> None:
     assert copied["a"].tolist() == [0, 0]
     assert copied["b"][0].tolist() == [0, 0]
     assert copied["c"] == "x"
+
+
+def test_tensorflow_values_become_arrays(tf: Any) -> None:
+    """Tensors and variables, also those of Keras, wherever they are; what is no tensor stays."""
+    import keras
+
+    variable = tf.Variable([1.0, 2.0])
+    params = {
+        "layer": [tf.ones([2, 2]), variable],
+        "k": keras.Variable([3, 4]),
+        "b": tf.zeros([1], tf.bfloat16),
+        1: "x",
+    }
+    arrays = to_arrays(params)
+    variable.assign([5.0, 5.0])
+
+    assert [each.tolist() for each in arrays["layer"]] == [[[1, 1], [1, 1]], [1, 2]]
+    assert arrays["k"].tolist() == [3, 4]
+    assert arrays["b"].dtype == ml_dtypes.bfloat16
+    assert arrays[1] == "x"
+
+
+@pytest.mark.parametrize("kind", ["sparse", "ragged", "string"])
+def test_tensorflow_values_without_an_array_are_named(tf: Any, kind: str) -> None:
+    """The error says which parameter and what it is."""
+    made = {"sparse": tf.sparse.eye(2), "ragged": tf.ragged.constant([[1], []]), "string": tf.constant(["a"])}
+    with pytest.raises(ClientApiError, match=rf"params\['w'\].*{type(made[kind]).__name__} of .*dense"):
+        to_arrays({"w": made[kind]}, ("params",))
+
+
+def test_plain_scalars_of_tensorflow(tf: Any) -> None:
+    """Metrics are often tensors of one number."""
+    found = [plain_scalar(each) for each in (tf.constant(0.5), tf.Variable([2]), tf.constant(True))]
+
+    assert found == [0.5, 2, True]
+    assert [type(each) for each in found] == [float, int, bool]
+    several = tf.ones([2])
+    assert plain_scalar(several) is several
+
+
+def test_difference_of_tensorflow_values(tf: Any) -> None:
+    """What a script trained minus what it received, whichever of the two are tensors."""
+    base = private_copy({"a": [tf.ones([2])], "b": np.ones(2, np.float32), "n": 1})
+    found = difference({"a": [tf.fill([2], 3.0)], "b": tf.Variable([4.0, 5.0]), "n": 3}, base)
+
+    assert found["a"][0].tolist() == [2, 2]
+    assert found["b"].tolist() == [3, 4]
+    assert found["n"] == 2

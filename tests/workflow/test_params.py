@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
 
 from flarebus.errors import ConfigError
+from flarebus.model import FLModel
+from flarebus.workflow.mean import WeightedMean
 from flarebus.workflow.params import as_array, flatten, is_flat, is_number_dtype, rebuild, restore
 
 
@@ -81,3 +85,35 @@ def test_which_dtypes_can_be_averaged() -> None:
     assert all(is_number_dtype(np.dtype(t)) for t in ("u1", "i8", "f2", "f4", ">f8", "c8", ml_dtypes.bfloat16))
     assert all(is_number_dtype(np.dtype(t)) for t in (ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3fn))
     assert not any(is_number_dtype(np.dtype(t)) for t in ("?", "O", "U3", "S3", "M8[s]", "V4", ml_dtypes.int4))
+
+
+def test_values_of_tensorflow(tf: Any) -> None:
+    """A tensor or variable has an array that nobody can write to, and an array becomes one of them again."""
+    import keras
+
+    for leaf in (tf.constant([1.0, 2.0]), tf.Variable([1, 2], trainable=False), keras.Variable([1.0, 2.0])):
+        array = as_array(leaf)
+
+        assert array is not None
+        assert array.tolist() == [1, 2]
+        assert not array.flags.writeable
+        back = restore(array + 1, leaf)
+        assert (type(back), back.dtype) == (type(leaf), leaf.dtype)
+        assert back.numpy().tolist() == [2, 3]
+        assert getattr(back, "trainable", None) == getattr(leaf, "trainable", None)
+    for leaf in (tf.constant(["a"]), tf.sparse.eye(2), tf.ragged.constant([[1], []])):
+        assert as_array(leaf) is None
+
+
+def test_tensors_of_tensorflow_can_be_averaged(tf: Any) -> None:
+    """The mean of tensors and variables is of their kind, and what was averaged is as it was."""
+    updates = [{"t": tf.fill([40_000], float(n)), "v": tf.Variable([float(n)])} for n in range(4)]
+    mean = WeightedMean(like=updates[0])
+    for update in updates:
+        mean.add(FLModel(params=update), 1.0)
+    found = mean.apply_to(updates[0])
+
+    assert type(found["t"]) is type(updates[0]["t"])
+    assert set(found["t"].numpy().tolist()) == {1.5}
+    assert found["v"].numpy().tolist() == [1.5]
+    assert [set(each["t"].numpy().tolist()) for each in updates] == [{n} for n in range(4)]
