@@ -34,6 +34,8 @@ MAX_STILLBIRTHS = 2
 # How long they may take after TERM before they are killed.
 TERM_S = 3.0
 LAST_WORDS_BYTES = 2000
+# Whose number of threads: NumPy's and PyTorch's libraries, TensorFlow.
+_THREAD_COUNTS = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +238,5 @@ def spread(sites: Sequence[str], workers: int) -> list[list[str]]:
 
 def share_cores(workers: int) -> dict[str, str]:
     """Environment that shares the cores out: each worker's linear algebra would otherwise start a thread for each."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return {}
-    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+    share = str(max(1, (os.cpu_count() or 1) // workers))
+    return {name: share for name in _THREAD_COUNTS if name not in os.environ}

@@ -119,11 +119,12 @@ def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each worker's libraries get their part of the machine, unless the user decided."""
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert share_cores(3) == {"OMP_NUM_THREADS": "2"}
-    assert share_cores(100) == {"OMP_NUM_THREADS": "1"}
+    monkeypatch.delenv("TF_NUM_INTRAOP_THREADS", raising=False)
+    assert share_cores(3) == {"OMP_NUM_THREADS": "2", "TF_NUM_INTRAOP_THREADS": "2"}
+    assert share_cores(100) == {"OMP_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1"}
 
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert share_cores(3) == {}
+    assert share_cores(3) == {"TF_NUM_INTRAOP_THREADS": "2"}
 
 
 # --- ends
