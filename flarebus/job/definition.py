@@ -16,7 +16,9 @@ from flarebus.errors import ConfigError
 from flarebus.job.checks import check_enum, check_keys, check_mapping, nearest
 from flarebus.job.class_ref import ClassRef
 from flarebus.job.code import CodeLayout, file_content, lay_out
+from flarebus.job.file_names import KERAS_MODEL, KERAS_SUFFIXES, stem_of, suffix_of
 from flarebus.job.initial import load_initial, params_of
+from flarebus.job.keras_models import is_keras_model, load_keras, weights_in
 from flarebus.job.kinds import DataKind, FrameworkType
 from flarebus.job.plugins import load_workflow
 from flarebus.job.site_config import SiteConfig
@@ -74,7 +76,7 @@ class JobDefinition:
     @property
     def best_stem(self) -> str:
         """The name of the best model's files without suffix: the same for safetensors and for the framework's own."""
-        return "best_FL_global_model" if self.best_model_filename is None else Path(self.best_model_filename).stem
+        return "best_FL_global_model" if self.best_model_filename is None else stem_of(Path(self.best_model_filename))
 
     def site_config(self, site: str) -> SiteConfig:
         """What `site` runs."""
@@ -141,13 +143,32 @@ class JobDefinition:
         """
         if self.model is None:
             return {} if self.initial_ckpt is None else load_initial(self.initial_ckpt)
-        model = self.model.build(self.code_dir, "model") if isinstance(self.model, ClassRef) else self.model
+        model = self._built_model()
+        if self.initial_ckpt is not None and is_keras_model(model) and suffix_of(self.initial_ckpt) in KERAS_SUFFIXES:
+            return dict(weights_in(self.initial_ckpt, model))
         params = params_of(model)
         if self.initial_ckpt is None:
             return params
         loaded = load_initial(self.initial_ckpt)
         _check_fit(flatten(loaded), flatten(params), self.initial_ckpt)
         return rebuild(params, flatten(loaded))
+
+    def keras_model(self) -> Any:
+        """The Keras model whose parameters the job trains: the recipe's own object, or one that is built now.
+
+        None where the job knows the arrays only, and not how they are used.
+
+        Raises:
+            ConfigError: as `initial_params`.
+        """
+        ckpt = self.initial_ckpt
+        if self.model is None and ckpt is not None and suffix_of(ckpt) == KERAS_MODEL:
+            return load_keras(ckpt)
+        model = self._built_model()
+        return model if is_keras_model(model) else None
+
+    def _built_model(self) -> Any:
+        return self.model.build(self.code_dir, "model") if isinstance(self.model, ClassRef) else self.model
 
     def make_workflow(self) -> Any:
         """Load the workflow and build it with its settings; a custom aggregator given by its path is built first."""

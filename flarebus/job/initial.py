@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flarebus.errors import ConfigError, DecodeError
+from flarebus.job.file_names import CKPT_SUFFIXES, KERAS_MODEL, KERAS_WEIGHTS, suffix_of
+from flarebus.job.keras_models import is_keras_model, layer_weights, load_keras
 from flarebus.job.tensor_file import load_params
 from flarebus.workflow.params import as_array, flatten, rebuild
 
@@ -23,7 +25,6 @@ __all__ = ["NUMPY_KEY", "load_initial", "params_of"]
 NUMPY_KEY = "numpy_key"
 """The name of a model that is a single array."""
 
-_SUFFIXES = ".npy, .npz, .pt, .pth or .safetensors"
 # How people wrap a state dict when they save it.
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
 
@@ -33,7 +34,7 @@ def load_initial(path: Path) -> dict[str, Any]:
 
     Args:
         path: `.npy` (one array, under `NUMPY_KEY`), `.npz`, `.pt`/`.pth` (a state dict, or a dict that holds one as
-            `model` or `state_dict`; weights only) or `.safetensors`.
+            `model` or `state_dict`; weights only), `.safetensors`, or `.keras` (name of a layer -> list of arrays).
 
     Returns:
         name -> array, the caller's own; those of a safetensors file are mapped copy-on-write.
@@ -41,16 +42,18 @@ def load_initial(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is not there, is damaged, or holds something else; names parameter and path.
     """
-    readers = {
+    readers: dict[str, Callable[[Path], dict[str, Any]]] = {
         ".npy": _translated(_npy),
         ".npz": _translated(_npz),
         ".pt": _pt,
         ".pth": _pt,
         ".safetensors": load_params,
+        KERAS_MODEL: lambda path: layer_weights(load_keras(path)),
+        KERAS_WEIGHTS: _weights_alone,
     }
-    reader = readers.get(path.suffix.lower())
+    reader = readers.get(suffix_of(path))
     if reader is None:
-        raise ConfigError("initial_ckpt", str(path), f"the path of a {_SUFFIXES} file")
+        raise ConfigError("initial_ckpt", str(path), f"the path of a file ending in {', '.join(CKPT_SUFFIXES)}")
     try:
         params = reader(path)
     except ConfigError:
@@ -115,13 +118,18 @@ def _pt(path: Path) -> dict[str, Any]:
     return _arrays_of(content)
 
 
+def _weights_alone(path: Path) -> dict[str, Any]:
+    told = "holds weights without their model; give the Keras model that they belong to, or a .keras file"
+    raise ConfigError("initial_ckpt", str(path), told)
+
+
 def params_of(model: Any) -> dict[str, Any]:
     """Named arrays of what a recipe takes as a model.
 
     Args:
-        model: a `torch.nn.Module`; a dict of arrays, tensors, numbers and the like (kept as it is, tensors as arrays);
-            one array, or a list of numbers, nested or not (float32, under `NUMPY_KEY`); a list of arrays
-            (under "0", "1", ...).
+        model: a `torch.nn.Module`; a `keras.Model` (name of a layer -> list of its arrays); a dict of arrays, tensors,
+            numbers and the like (kept as it is, tensors as arrays); one array, or a list of numbers, nested or not
+            (float32, under `NUMPY_KEY`); a list of arrays (under "0", "1", ...).
 
     Returns:
         name -> array or other value; arrays share memory with `model` where that is possible.
@@ -129,6 +137,8 @@ def params_of(model: Any) -> dict[str, Any]:
     Raises:
         ConfigError: it is none of these.
     """
+    if is_keras_model(model):  # first: where Keras runs on PyTorch, it is a module as well
+        return dict(layer_weights(model))
     torch: Any = sys.modules.get("torch")
     if torch is not None and isinstance(model, torch.nn.Module):
         return _arrays_of(model.state_dict())
@@ -145,7 +155,9 @@ def params_of(model: Any) -> dict[str, Any]:
             return {NUMPY_KEY: _numbers(model)}
         except (ValueError, TypeError) as error:
             raise ConfigError("model", model, "a list must hold arrays, or numbers in a regular shape") from error
-    raise ConfigError("model", model, "a torch.nn.Module, a dict or list of arrays, or a description of a class")
+    raise ConfigError(
+        "model", model, "a torch.nn.Module, a keras.Model, a dict or list of arrays, or a description of a class"
+    )
 
 
 def _numbers(model: Any) -> NDArray[Any]:

@@ -66,11 +66,13 @@ class FedAvgRecipe(Recipe):
 
     Args:
         name: name of the job, and of its run folder.
-        model: what to start from: a module; `{"class_path": "pkg.mod.Class", "args": {...}}` (or `"path"`), built when
-            the job starts, with the training script's folder searched first; an array, or a list or dict of arrays or
-            numbers. None needs an `initial_ckpt`, except with `FrameworkType.RAW`: the first round makes the model.
-        initial_ckpt: weights to start from, `.npy .npz .pt .pth .safetensors`; with a `model`, names and shapes must
-            fit. An absolute path may exist on the server only; a relative one must exist and travels with the job.
+        model: what to start from: a PyTorch or Keras model; `{"class_path": "pkg.mod.Class", "args": {...}}` (or
+            `"path"`), built when the job starts, with the training script's folder searched first; an array, or a list
+            or dict of arrays or numbers. None needs an `initial_ckpt`, except with `FrameworkType.RAW`: the first round
+            makes the model.
+        initial_ckpt: weights to start from, `.npy .npz .pt .pth .safetensors .keras`, and `.weights.h5` for a Keras
+            `model`; with a `model`, names and shapes must fit. An absolute path may exist on the server only; a
+            relative one must exist and travels with the job.
         min_clients: usable results a round needs, from 1.
         num_rounds: rounds to run, from 1.
         train_script: the Python file that every site runs; looked for in the working directory, then beside the running
@@ -82,7 +84,7 @@ class FedAvgRecipe(Recipe):
         launch_external_process: run the script in a process of its own, which the site starts and watches.
         command: what starts that process, before script and arguments: one string, split as a shell would, or a list of
             words. A plain `python3` or `python` is the interpreter that the site runs on.
-        framework: what the script is written with; decides the model files. TENSORFLOW is not there yet.
+        framework: what the script is written with; decides the model files.
         server_expected_format: what parameters are on their way to the server.
         params_transfer_type: whether sites answer with whole models or differences; the same for all sites.
         model_persistor: only None; models are saved as files of the framework and as safetensors.
@@ -95,7 +97,8 @@ class FedAvgRecipe(Recipe):
         key_metric: metric that tells the best model; "" for no best model.
         stop_cond: end early once the averaged metrics fulfil `"<metric> <op> <number>"`, op one of `>= <= > < =`.
         patience: end early after so many rounds without a better metric of `stop_cond`, from 1.
-        best_model_filename: name of the best model's file, `.safetensors` or for PyTorch `.pt`.
+        best_model_filename: name of the best model's file, `.safetensors` or, for PyTorch, `.pt`, for TensorFlow
+            `.keras` or `.weights.h5`.
         save_filename: old name of `best_model_filename`; both must be the same if both are given.
         exclude_vars: regular expression searched in each parameter's name; what it finds is not averaged.
         aggregation_weights: site -> factor on its weight, from 0; 1 for a site not listed.
@@ -174,7 +177,7 @@ class FedAvgRecipe(Recipe):
         if model_persistor is not None:
             raise NotImplementedError(
                 f"model_persistor={model_persistor!r}: custom persistors belong to a later version; models are saved "
-                "as safetensors and, for PyTorch, as .pt"
+                "as safetensors and as files of the framework"
             )
         settings = _settings(given)
         defaults, sites = make_sites(given)

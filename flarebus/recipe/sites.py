@@ -38,7 +38,6 @@ def make_sites(given: Mapping[str, Any]) -> tuple[SiteConfig, dict[str, SiteConf
 
     Raises:
         ConfigError: one of them is wrong; named as the user wrote it.
-        NotImplementedError: one asks for what this version does not have.
     """
     sites = _own_configs(given["per_site_config"], given)
     # What it takes to start processes is of use in a job as long as one site does.
@@ -59,11 +58,7 @@ def _site_config(given: Mapping[str, Any], own: Mapping[str, str] | None = None)
         own: how the user wrote a parameter that he gave for one site.
     """
     name = {key: key for key in _SITE_KEYS} | dict(own or {})
-    framework = check_enum(name["framework"], given["framework"], FrameworkType)
-    if framework is FrameworkType.TENSORFLOW:
-        raise NotImplementedError(
-            f"{name['framework']}={framework}: TensorFlow belongs to a later version; until then use FrameworkType.RAW"
-        )
+    check_enum(name["framework"], given["framework"], FrameworkType)
     gc_rounds = check_int(name["client_memory_gc_rounds"], given["client_memory_gc_rounds"], 0)
     cuda = check_flag(name["cuda_empty_cache"], given["cuda_empty_cache"])
     if cuda and not gc_rounds:

@@ -19,13 +19,14 @@ from flarebus.address import check_name
 from flarebus.errors import ConfigError
 from flarebus.job.checks import check_mapping, check_number, check_text
 from flarebus.job.class_ref import ClassRef
+from flarebus.job.file_names import CKPT_SUFFIXES, saved_suffixes, stem_of, suffix_of
 from flarebus.job.initial import params_of
+from flarebus.job.keras_models import is_keras_model
 from flarebus.job.kinds import FrameworkType
 from flarebus.workflow.aggregator import AGGREGATOR_METHODS
 from flarebus.workflow.params import as_array, flatten
 
 __all__ = [
-    "CKPT_SUFFIXES",
     "check_aggregator",
     "check_best_filename",
     "check_ckpt",
@@ -38,7 +39,6 @@ __all__ = [
     "find_file",
 ]
 
-CKPT_SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors")
 # A site of this name could not be told from the server's cell.
 _RESERVED_SITES = frozenset({"server"})
 # Values of a model that are no arrays and are kept as they are.
@@ -100,7 +100,7 @@ def check_ckpt(value: object) -> tuple[Path | None, bool]:
     if not isinstance(value, (str, os.PathLike)) or isinstance(value, bytes) or not os.fspath(value):
         raise ConfigError("initial_ckpt", value, "the path of a file, or None")
     path = Path(value)
-    if path.suffix.lower() not in CKPT_SUFFIXES:
+    if suffix_of(path) not in CKPT_SUFFIXES:
         raise ConfigError("initial_ckpt", str(value), "a file ending in " + ", ".join(CKPT_SUFFIXES))
     if path.is_absolute():
         return path, False
@@ -117,6 +117,9 @@ def check_model(value: object) -> Any:
         return None
     if isinstance(value, Mapping) and ClassRef.is_description(value):
         return ClassRef.parse(value, "model")
+    if is_keras_model(value):
+        params_of(value)  # one that is not built yet is refused now
+        return value
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.nn.Module):
         return value
@@ -192,13 +195,13 @@ def check_best_filename(best: object, save: object, framework: FrameworkType) ->
     for parameter, value in (("best_model_filename", best), ("save_filename", save)):
         if value is None:
             continue
-        allowed_suffixes = (".safetensors", *((".pt",) if framework is FrameworkType.PYTORCH else ()))
+        allowed_suffixes = saved_suffixes(framework)
         if not isinstance(value, str) or not _FILE_NAME.fullmatch(value) or not value.endswith(allowed_suffixes):
             suffixes = " or ".join(allowed_suffixes)
             raise ConfigError(
                 parameter, value, f"a plain file name of letters, digits, '.', '_', '-', ending in {suffixes}"
             )
-        if _TAKEN.fullmatch(Path(value).stem):
+        if _TAKEN.fullmatch(stem_of(Path(value))):
             raise ConfigError(parameter, value, "another name; this one is taken by the model of the last round")
     if best is not None and save is not None and best != save:
         raise ConfigError(

@@ -17,6 +17,7 @@ from typing import Any
 from flarebus.job.checkpoint import CheckpointStore, export_pt
 from flarebus.job.definition import JobDefinition
 from flarebus.job.journal import Journal, append_metrics
+from flarebus.job.keras_models import export_keras
 from flarebus.job.kinds import FrameworkType
 from flarebus.job.tensor_file import load_params
 from flarebus.server.site_metrics import MetricFile
@@ -120,6 +121,8 @@ class Archive:
                 self._journal.end(state, reason)
         if self._job.framework is FrameworkType.PYTORCH:
             self._export_pt()
+        elif self._job.framework is FrameworkType.TENSORFLOW:
+            self._export_keras()
 
     def _finish_commit(self) -> None:
         """Wait until the round before is durable; raises what kept it from being so."""
@@ -138,5 +141,14 @@ class Archive:
         append_metrics(self._folder / "metrics.jsonl", record)
 
     def _export_pt(self) -> None:
-        for file in sorted((self._folder / "models").glob("*.safetensors")):
+        for file in self._model_files():
             export_pt(load_params(file), file.with_suffix(".pt"))
+
+    def _export_keras(self) -> None:
+        model = self._job.keras_model()
+        if model is not None:
+            for file in self._model_files():
+                export_keras(model, load_params(file), file)
+
+    def _model_files(self) -> list[Path]:
+        return sorted((self._folder / "models").glob("*.safetensors"))
