@@ -129,11 +129,12 @@ _OPTIONS = (
     _what("--model", metavar="MODULE:CLASS", help="The model to start from; looked for beside the script first."),
     _what("--model-args", type=json_object, metavar="JSON", default="{}",
           help="Keyword arguments for the class."),
-    _what("--initial-ckpt", metavar="FILE", help="Weights to start from: .npy, .npz, .pt or .safetensors."),
+    _what("--initial-ckpt", metavar="FILE", help="Weights to start from: .npy, .npz, .pt, .keras, ..."),
     _what(
         "--framework",
-        type=click.Choice(["numpy", "pytorch", "raw"]),
-        help="What the script's parameters are. Default: pytorch with --model or a .pt file, else numpy.",
+        type=click.Choice(["numpy", "pytorch", "tensorflow", "raw"]),
+        help="What the script's parameters are. Default: pytorch with --model or a .pt file, tensorflow "
+        "with a .keras or .weights.h5 file, else numpy.",
     ),
     _what("--external", is_flag=True, help="Run the script in a process of its own at every site."),
     _what("--command", metavar="TEXT", help="What starts that process, such as 'torchrun'. Implies --external."),

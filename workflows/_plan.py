@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flarebus.errors import UsageError
+from flarebus.job.file_names import KERAS_SUFFIXES, suffix_of
 from flarebus.job.kinds import FrameworkType, TransferType
 from workflows._options import Options
 
@@ -73,8 +74,9 @@ def _own_script(options: Options, common: dict[str, Any]) -> Plan:
     model = None if options.model is None else {"class_path": options.model, "args": options.model_args}
     framework = options.framework
     if framework is None:
-        of_torch = model is not None or (options.initial_ckpt or "").endswith((".pt", ".pth"))
-        framework = "pytorch" if of_torch else "numpy"
+        ckpt = suffix_of(Path(options.initial_ckpt or ""))
+        of_torch = model is not None or ckpt in (".pt", ".pth")
+        framework = "tensorflow" if ckpt in KERAS_SUFFIXES else "pytorch" if of_torch else "numpy"
     arguments = common | {
         "train_script": options.train_script,
         "train_args": options.train_args,

@@ -4,7 +4,8 @@ import argparse
 
 import numpy as np
 
-from flarebus.recipe import FedAvgRecipe, FrameworkType, SimEnv
+from flarebus.recipe import SimEnv
+from flarebus.recipe.numpy import FedAvgRecipe
 
 
 def main():
@@ -17,7 +18,6 @@ def main():
     recipe = FedAvgRecipe(
         name="hello-numpy",
         model={"weights": np.arange(9, dtype=np.float32).reshape(3, 3)},
-        framework=FrameworkType.NUMPY,
         min_clients=args.n_clients,
         num_rounds=args.num_rounds,
         train_script="client.py",

@@ -115,11 +115,13 @@ def test_wrong_process_is_said_in_terms_of_the_command_line(argv: list[str], sai
         (["--model", "net:Net"], FrameworkType.PYTORCH),
         (["--initial-ckpt", "a.pt"], FrameworkType.PYTORCH),
         (["--initial-ckpt", "a.npz"], FrameworkType.NUMPY),
+        (["--initial-ckpt", "a.keras"], FrameworkType.TENSORFLOW),
+        (["--model", "net:make_net", "--initial-ckpt", "a.weights.h5"], FrameworkType.TENSORFLOW),
         (["--model", "net:Net", "--framework", "raw"], FrameworkType.RAW),
     ],
 )
 def test_the_framework_is_guessed_from_the_model(argv: list[str], framework: FrameworkType) -> None:
-    """A class or a .pt file means PyTorch, other files NumPy, and what is said counts."""
+    """A class or a .pt file means PyTorch, files of Keras TensorFlow, others NumPy, and what is said counts."""
     assert plan(parsed("--train-script", "x.py", *argv)).arguments["framework"] is framework
 
 
