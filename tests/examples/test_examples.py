@@ -104,11 +104,24 @@ def test_sklearn_kmeans(number: int, expected_rounds: int) -> None:
     assert len(rounds(run_dir)) == expected_rounds
 
 
+@pytest.mark.slow
+def test_hello_tensorflow() -> None:
+    """The command of the README completes, and the network has learnt the digits."""
+    pytest.importorskip("tensorflow")
+    (command,) = commands(EXAMPLES / "hello_tensorflow" / "README.md")
+    run_dir, output = run("hello_tensorflow", command)
+
+    assert said("accuracy", output) > 0.85
+    assert len(rounds(run_dir)) == 5
+    assert all(not row["refused"] for row in rounds(run_dir))
+
+
 def test_every_example_is_run() -> None:
     """No command in a README of an example is left untested."""
     assert {readme.parent.name: len(commands(readme)) for readme in EXAMPLES.glob("*/README.md")} == {
         "custom_pipe": 4,  # in test_custom_pipe
         "hello_numpy": 2,
+        "hello_tensorflow": 1,
         "hello_torch": 3,
         "sklearn_kmeans": 2,
         "sklearn_linear": 2,
