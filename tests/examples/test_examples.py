@@ -107,7 +107,6 @@ def test_sklearn_kmeans(number: int, expected_rounds: int) -> None:
 @pytest.mark.slow
 def test_hello_tensorflow() -> None:
     """The command of the README completes, and the network has learnt the digits."""
-    pytest.importorskip("tensorflow")
     (command,) = commands(EXAMPLES / "hello_tensorflow" / "README.md")
     run_dir, output = run("hello_tensorflow", command)
 
