@@ -35,6 +35,12 @@ def _checked_round(name: str, value: int | None) -> int | None:
     return value
 
 
+def _no_dict(name: str, value: object) -> str:
+    # What Keras' `get_weights` returns is a list.
+    hint = '; give {"weights": [...]}' if name == "params" and isinstance(value, list) else ""
+    return f"a dict or None, not {type(value).__name__}{hint}"
+
+
 class FLModel:
     """A model, an update of one, metrics, or both.
 
@@ -81,7 +87,7 @@ class FLModel:
             ("meta", meta),
         ):
             if value is not None and not isinstance(value, dict):
-                raise ConfigError(name, value, f"a dict or None, not {type(value).__name__}")
+                raise ConfigError(name, value, _no_dict(name, value))
         if params_type is not None:
             try:
                 params_type = ParamsType(params_type)

@@ -69,6 +69,12 @@ def test_a_field_that_is_no_dict_is_refused(name: str, value: object) -> None:
     assert caught.value.parameter == name
 
 
+def test_a_list_of_weights_gets_a_name() -> None:
+    """What Keras' `get_weights` returns is a list; the error says where to put it."""
+    with pytest.raises(ConfigError, match=r'not list; give {"weights": \[...\]}'):
+        FLModel(params=[np.zeros(2)])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["start_round", "current_round", "total_rounds"])
 def test_rounds_are_whole_numbers_from_zero(name: str) -> None:
     """Or None; neither a bool, nor a float, nor what looks like a number."""
