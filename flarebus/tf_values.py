@@ -40,7 +40,7 @@ def tf_array(value: Any) -> NDArray[Any] | None:
     if not _is(value, tf, "Tensor") or not hasattr(value, "numpy"):
         return None
     dtype = value.dtype
-    if dtype.is_quantized or not (dtype.is_floating or dtype.is_integer or dtype.is_complex or dtype.is_bool):
+    if not (dtype.is_floating or dtype.is_integer or dtype.is_complex or dtype.is_bool):  # strings, quantised ones
         return None
     array = np.asarray(value.__array__())
     array.flags.writeable = False

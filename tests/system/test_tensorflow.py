@@ -13,7 +13,7 @@ import pytest
 
 from flarebus import recipe
 from flarebus.job.tensor_file import load_params
-from flarebus.recipe import Run, SimEnv, TransferType, numpy, pt
+from flarebus.recipe import ExchangeFormat, Run, SimEnv, TransferType, numpy, pt
 from flarebus.recipe.tf import FedAvgRecipe
 
 Start = Callable[..., Run]
@@ -122,17 +122,20 @@ def test_a_script_that_cannot_take_the_weights_fails_alone(start: Start, net: An
     assert "shape (4, 3)" in refused(run)[0]["wide"]
 
 
-@pytest.mark.parametrize("transfer", TransferType, ids=str)
+@pytest.mark.parametrize("transfer", TransferType)
+@pytest.mark.parametrize("wire", [ExchangeFormat.NUMPY, ExchangeFormat.KERAS_LAYER_WEIGHTS])
 @pytest.mark.parametrize("sent", ["net.get_weights()", "net.weights", "[w.value + 0 for w in net.weights]"])
-def test_the_weights_of_a_model_as_one_list(start: Start, net: Any, sent: str, transfer: TransferType) -> None:
+def test_the_weights_of_a_model_as_one_list(
+    start: Start, net: Any, sent: str, wire: ExchangeFormat, transfer: TransferType
+) -> None:
     """Arrays, variables or tensors go out, as a whole or as what changed; a list of arrays comes back."""
     train = (
         "net.set_weights([weight + 1 for weight in params['weights']])\n"
         f"flare.send(flare.FLModel(params={{'weights': {sent}}}, metrics={{'loss': net.weights[0][0, 0]}}))"
     )
     before = net.get_weights()
-    initial = {"weights": before}
-    run = start(["a", "b"], "net = make_net()", train, model=initial, params_transfer_type=transfer)
+    formats = {"params_transfer_type": transfer, "server_expected_format": wire}
+    run = start(["a", "b"], "net = make_net()", train, model={"weights": before}, **formats)
 
     found = load_params(models(run) / "FL_global_model.safetensors")["weights"]
     assert refused(run) == [{}, {}]
