@@ -13,14 +13,15 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 import zmq
 
+from flarebus.ahead import Ahead, Orders
 from flarebus.errors import FlarebusError, LinkError, SourceLost, UsageError
 from flarebus.loop import Loop
 from flarebus.message import Buffer, Manifest
 from flarebus.pending import Pending
 from flarebus.slab import SlabPool
 from flarebus.sockets import Head, frame_bytes, receive_rest
-from flarebus.transfer import Offers, Pull, slices_of
-from flarebus.wire import CHUNK, DONE, NOT_OFFERED, PLACE, PULL, REQUEST
+from flarebus.transfer import CHUNK_BYTES, Offers, Pull, slices_of
+from flarebus.wire import CHUNK, DONE, NOT_OFFERED, ORDER, PLACE, PULL, REQUEST
 
 __all__ = ["Carrier"]
 
@@ -33,7 +34,7 @@ Frames = Sequence[Buffer | zmq.Frame]
 class _ActivePull:
     """A pull and what waits for it."""
 
-    __slots__ = ("memory", "outcome", "pull", "target", "tells_done")
+    __slots__ = ("memory", "orders", "outcome", "pull", "target", "tells_done")
 
     def __init__(
         self,
@@ -42,12 +43,14 @@ class _ActivePull:
         outcome: Pending[Sequence[Buffer]],
         target: str,
         tells_done: bool,
+        orders: bool,
     ) -> None:
         self.pull = pull
         self.memory = memory
         self.outcome = outcome
         self.target = target
         self.tells_done = tells_done
+        self.orders = orders
 
 
 class Carrier:
@@ -67,6 +70,8 @@ class Carrier:
         self._send = send
         self._offers = Offers(address)
         self._pulls: dict[bytes, _ActivePull] = {}
+        self._orders = Orders()
+        self._ahead: Ahead[Sequence[Buffer | zmq.Frame]] = Ahead()
         self._pool = SlabPool()
         self._closed: FlarebusError | None = None
         self._patient_until = 0.0
@@ -87,20 +92,29 @@ class Carrier:
         return Manifest(transfer, self._address, lengths)
 
     def pull(
-        self, manifest: Manifest, target: str, pool: SlabPool | None = None, tell_done: bool = True
+        self,
+        manifest: Manifest,
+        target: str,
+        pool: SlabPool | None = None,
+        tell_done: bool = True,
+        order: bool = False,
     ) -> Pending[Sequence[Buffer]]:
         """Bring what `manifest` offers to `target` (this cell, or an alias of it) into slabs; see `Delivery.pull`.
 
         Args:
             tell_done: tell the holder when all of it is here; needless where an answer will.
+            order: have the holder send the next transfers of one chunk by itself; see `ahead`.
         """
         outcome: Pending[Sequence[Buffer]] = Pending()
         try:
             if manifest.nbytes > MAX_PULL_BYTES:
                 raise UsageError(f"{manifest.holder} offers {manifest.nbytes} bytes: at most {MAX_PULL_BYTES}")
             memory = (pool or self._pool).take(manifest.lengths)
-            active = _ActivePull(Pull(manifest, memory, self._loop.clock()), memory, outcome, target, tell_done)
-            self._loop.post(self._start, active)
+            active = _ActivePull(Pull(manifest, memory, self._loop.clock()), memory, outcome, target, tell_done, order)
+            if self._loop.is_current():
+                self._start(active)
+            else:
+                self._loop.post(self._start, active)
         except (FlarebusError, OSError, MemoryError, ValueError) as error:
             outcome.fail(error)
         return outcome
@@ -118,22 +132,27 @@ class Carrier:
     def take(self, frames: Frames) -> bool:
         """Take a whole message if it belongs to a transfer; whether it did."""
         header = frame_bytes(frames[2])
-        if header not in (PULL, CHUNK, DONE):
+        if header not in (PULL, CHUNK, DONE, ORDER):
             return False
         source, body = frame_bytes(frames[1]).decode("ascii", "replace"), frame_bytes(frames[3])
+        self._orders.heard(source)
         if header == CHUNK:
             self._take_chunk(source, body, frames[4:])
         elif header == PULL:
             self._serve(frame_bytes(frames[0]), source, body)
+        elif header == ORDER:
+            self._orders.add(source)
         else:
             self._offers.done(source, body)
         return True
 
     def read_chunk(self, head: Head, socket: zmq.Socket[bytes]) -> None:
         """Take a chunk whose bytes are still on `socket`."""
-        place = self._chunk_place(head.source.decode("ascii", "replace"), head.body)
+        source = head.source.decode("ascii", "replace")
+        self._orders.heard(source)
+        place = self._chunk_place(source, head.body)
         if place is None:
-            receive_rest(socket, head.more)
+            self._keep_ahead(source, head.body, receive_rest(socket, head.more))
             return
         active, first, slices, joined = place
         if joined:
@@ -142,6 +161,16 @@ class Carrier:
             self._arrived(active, first, sum(view.nbytes for view in slices))
         else:
             self._end(active, SourceLost(active.pull.manifest.holder, "sent a chunk of a wrong length"))
+
+    def send_ahead(self, transfer: bytes, address: str) -> None:
+        """Send an offer of one chunk to the cells at and under `address` that have ordered and may have it."""
+        offer, chunk = self._offers.get(transfer), self._offers.only_chunk(transfer)
+        if offer is None or chunk is None:
+            return
+        for receiver in self._orders.take(offer, address):
+            with contextlib.suppress(LinkError):  # what does not come is pulled
+                self._send((receiver.encode(), self._address.encode(), CHUNK, PLACE.pack(transfer, 0), *chunk))
+                self.bytes_served += offer.manifest.nbytes
 
     def only_chunk(self, manifest: Manifest) -> list[Buffer] | None:
         """The frames of a transfer of one chunk that is offered here; see `Offers.only_chunk`."""
@@ -189,6 +218,8 @@ class Carrier:
         """
         now = self._loop.clock()
         self._patient_until = max(self._patient_until, patient_until)
+        # Whoever is there now may be another one, who knows of no order.
+        self._ahead.forget(back)
         for active in list(self._pulls.values()):
             if back is None or active.pull.manifest.holder in back:
                 self._ask(active, active.pull.resume(now))
@@ -199,6 +230,8 @@ class Carrier:
             if active.pull.manifest.holder in gone:
                 self._end(active, SourceLost(active.pull.manifest.holder))
         self._offers.lost(gone)
+        self._orders.lost(gone)
+        self._ahead.forget(gone)
 
     def fail(self, error: FlarebusError) -> None:
         """Nothing that is on its way will come."""
@@ -259,7 +292,18 @@ class Carrier:
             self._finish(active)
             return
         self._loop.wake_by(pull.next_event())
-        self._ask(active, pull.requests())
+        came = self._ahead.take(pull.manifest.holder, transfer)
+        ranges = pull.requests()
+        if came is not None:
+            self._take_chunk(pull.manifest.holder, PLACE.pack(transfer, 0), came)
+            return
+        if active.orders and pull.manifest.nbytes <= CHUNK_BYTES and self._ahead.order(pull.manifest.holder):
+            self._order(active)
+        self._ask(active, ranges)
+
+    def _order(self, active: _ActivePull) -> None:
+        with contextlib.suppress(LinkError):  # the pull ends with its source then
+            self._send((active.pull.manifest.holder.encode(), active.target.encode(), ORDER, b""))
 
     def _ask(self, active: _ActivePull, ranges: Iterable[tuple[int, int]]) -> None:
         manifest = active.pull.manifest
@@ -289,9 +333,18 @@ class Carrier:
 
     def _take_chunk(self, source: str, body: bytes, frames: Sequence[Buffer | zmq.Frame]) -> None:
         place = self._chunk_place(source, body)
-        if place is not None:
-            active, first, slices, _ = place
-            self._fill(active, first, slices, frames)
+        if place is None:
+            self._keep_ahead(source, body, frames)
+            return
+        active, first, slices, _ = place
+        self._fill(active, first, slices, frames)
+
+    def _keep_ahead(self, source: str, body: bytes, frames: Sequence[Buffer | zmq.Frame]) -> None:
+        """A chunk that no pull waits for: one may be about to, if it was ordered."""
+        if len(body) == PLACE.size and 0 < sum(len(frame) for frame in frames) <= CHUNK_BYTES:
+            transfer, first = PLACE.unpack(body)
+            if first == 0 and transfer not in self._pulls:
+                self._ahead.put(source, transfer, frames)
 
     def _fill(
         self, active: _ActivePull, first: int, slices: list[memoryview], frames: Sequence[Buffer | zmq.Frame]
@@ -332,11 +385,15 @@ def _memory(pool: SlabPool, manifest: Manifest) -> list[memoryview] | None:
 
 def _copy_into(slices: Sequence[memoryview], frames: Sequence[Buffer | zmq.Frame]) -> bool:
     """Copy what came as whole frames to where it belongs; whether it had the right length."""
-    if sum(len(frame) for frame in frames) != sum(view.nbytes for view in slices):
-        return False
-    data = memoryview(b"".join(frame_bytes(frame) for frame in frames))
-    for view, end in zip(slices, itertools.accumulate(view.nbytes for view in slices), strict=True):
-        view[:] = data[end - view.nbytes : end]
+    parts: Sequence[Buffer] = [frame.buffer if isinstance(frame, zmq.Frame) else frame for frame in frames]
+    lengths = [view.nbytes for view in slices]
+    if [len(part) for part in parts] != lengths:
+        if sum(len(part) for part in parts) != sum(lengths):
+            return False
+        data = memoryview(b"".join(parts))
+        parts = [data[end - nbytes : end] for nbytes, end in zip(lengths, itertools.accumulate(lengths), strict=True)]
+    for view, part in zip(slices, parts, strict=True):
+        view[:] = part
     return True
 
 

@@ -35,7 +35,7 @@ from flarebus.failure import decode_failure, encode_failure
 from flarebus.intake import Intake, Room
 from flarebus.link import SILENCE_S
 from flarebus.loop import Loop
-from flarebus.message import Buffer, Bundle, Kind, Manifest, Message
+from flarebus.message import Buffer, Bundle, Kind, Manifest, Message, Payload
 from flarebus.pending import Pending
 from flarebus.router import Router
 from flarebus.security.keys import DialKeys
@@ -46,6 +46,7 @@ from flarebus.wire import (
     CHUNK,
     DONE,
     MAX_BODY_BYTES,
+    ORDER,
     PULL,
     bundle,
     carry,
@@ -70,25 +71,6 @@ class CellStatistics:
     pulls_running: int
     queued: dict[str, int]
     """Channel -> deliveries that wait for its thread."""
-
-
-@dataclass(frozen=True)
-class Payload:
-    """A value encoded once for any number of messages; made by `Cell.share`.
-
-    Small buffers were copied and ride in every message. Big ones are referenced until `Cell.withdraw`: whoever shares
-    arrays leaves them alone that long.
-    """
-
-    body: bytes
-    bundle: Bundle | None
-    manifest: Manifest | None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its buffers."""
-        carried = self.manifest or self.bundle
-        return 0 if carried is None else sum(carried.lengths)
 
 
 class Cell:
@@ -247,6 +229,12 @@ class Cell:
         if payload.manifest is not None:
             self._loop.post(self._carrier.admit, payload.manifest.transfer, receiver)
 
+    def send_ahead(self, payload: Payload, address: str) -> None:
+        """Send a shared payload of one chunk to the cells at and under `address` that have ordered from this one (see
+        `pull`) and may have it. Before the message about it, or after one that goes to them by another way."""
+        if payload.manifest is not None:
+            self._post_quietly(self._carrier.send_ahead, payload.manifest.transfer, address)
+
     def withdraw(self, payload: Payload, wait: bool = True) -> None:
         """End a shared payload: nobody pulls from it any more when this returns, or soon after unless `wait`."""
         if payload.manifest is not None:
@@ -287,10 +275,15 @@ class Cell:
         self._lost_watchers.append(watcher)
 
     def pull(
-        self, manifest: Manifest, target: str, pool: SlabPool | None = None, tell_done: bool = True
+        self,
+        manifest: Manifest,
+        target: str,
+        pool: SlabPool | None = None,
+        tell_done: bool = True,
+        order: bool = False,
     ) -> Pending[Sequence[Buffer]]:
         """Bring what `manifest` offers to `target` (this cell, or an alias of it) into slabs; see `Carrier.pull`."""
-        return self._carrier.pull(manifest, target, pool, tell_done)
+        return self._carrier.pull(manifest, target, pool, tell_done, order)
 
     def reply(self, message: Message, value: Any) -> None:
         """Answer `message`; see `Delivery.reply`."""
@@ -407,7 +400,7 @@ class Cell:
         """Take a message whose rest is still on `socket`."""
         if head.header == CHUNK:
             self._carrier.read_chunk(head, socket)
-        elif head.header in (PULL, DONE):
+        elif head.header in (PULL, DONE, ORDER):
             self.accept((head.target, head.source, head.header, head.body, *receive_rest(socket, head.more)))
         else:
             self._take_in(self._intake.from_socket(head, socket))

@@ -55,8 +55,10 @@ class Delivery:
             return self.message.manifest is None
         return self._buffers.is_done and self._buffers.error() is None
 
-    def pull(self, pool: SlabPool | None = None) -> Pending[Sequence[Buffer]]:
+    def pull(self, pool: SlabPool | None = None, order: bool = False) -> Pending[Sequence[Buffer]]:
         """Have the buffers brought here, into slabs of `pool`; the same pending each time it is called.
+
+        With `order` their holder is asked to send the next ones, if they are small, by itself: see `ahead`.
 
         Its errors: `SourceLost` when the holder dies or withdraws, `UsageError` when they are more than the cell takes.
         """
@@ -64,7 +66,7 @@ class Delivery:
             if self.message.manifest is not None:
                 # The answer to a request tells its sender what DONE would.
                 tell_done = self.message.kind is not Kind.REQUEST
-                self._buffers = self._cell.pull(self.message.manifest, self.message.target, pool, tell_done)
+                self._buffers = self._cell.pull(self.message.manifest, self.message.target, pool, tell_done, order)
             else:
                 self._buffers = Pending()
                 self._buffers.set(() if self.message.bundle is None else unbundle(self.message.bundle))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
-__all__ = ["Buffer", "Bundle", "Kind", "Manifest", "Message"]
+__all__ = ["Buffer", "Bundle", "Kind", "Manifest", "Message", "Payload"]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -45,6 +45,24 @@ class Bundle(NamedTuple):
     lengths: tuple[int, ...]
     """Bytes of each buffer, in the order in which the body refers to them."""
     data: Buffer
+
+
+class Payload(NamedTuple):
+    """A value encoded once for any number of messages; made by `Cell.share`.
+
+    Small buffers were copied and ride in every message. Big ones are referenced until `Cell.withdraw`: whoever shares
+    arrays leaves them alone that long.
+    """
+
+    body: bytes
+    bundle: Bundle | None
+    manifest: Manifest | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its buffers."""
+        carried = self.manifest or self.bundle
+        return 0 if carried is None else sum(carried.lengths)
 
 
 class Message(NamedTuple):

@@ -40,7 +40,7 @@ from flarebus.sockets import (
     router,
     send_frames,
 )
-from flarebus.wire import CHUNK, DONE, NOT_OFFERED, PLACE, PULL, REQUEST, decode_message, encode_message
+from flarebus.wire import CHUNK, DONE, NOT_OFFERED, ORDER, PLACE, PULL, REQUEST, decode_message, encode_message
 
 __all__ = ["LocalCell", "Router", "RouterStatistics"]
 
@@ -369,7 +369,7 @@ class Router:
                 return  # the holder will be back, or gone; whoever pulls is told of either
             transfer = REQUEST.unpack(body)[0] if len(body) == REQUEST.size else b""
             answer = (source, target, CHUNK, PLACE.pack(transfer, NOT_OFFERED))
-        elif header in (CHUNK, DONE):
+        elif header in (CHUNK, DONE, ORDER):
             return
         else:
             try:

@@ -150,6 +150,10 @@ class Offers:
             for begin in range(first, last, CHUNK_BYTES)
         ]
 
+    def get(self, transfer: bytes) -> Offer | None:
+        """What is offered under this id."""
+        return self._offers.get(transfer)
+
     def only_chunk(self, transfer: bytes) -> list[Buffer] | None:
         """The frames of a transfer of one chunk, to go with the message that announces it; None if it is bigger, has
         no bytes, or is not offered."""

@@ -5,9 +5,10 @@
     [target][source][PULL  ][request]                please send these bytes of a transfer
     [target][source][CHUNK ][place][bytes]*          here they are
     [target][source][DONE  ][transfer]               I have all I want; you may forget me
+    [target][source][ORDER ][]                       from now on send me what is one chunk before I ask for it
     [      ][      ][link verb][names]               between neighbours only: see `link`
 
-The three transfer headers are constants, so that the busiest frames are recognised by one comparison and never parsed.
+The four transfer headers are constants, so that the busiest frames are recognised by one comparison and never parsed.
 Header, positionally: version, kind, id, answers, channel, topic, ttl_s, [transfer, holder, lengths] or nil, lengths
 of the buffers in the bundle or nil. Lengths are a letter, I or Q, and that many unsigned integers of 4 or 8 bytes. A
 bundle is those buffers end to end, each padded with zeros to a multiple of 64 bytes. A kind with `CARRIES` added says
@@ -36,6 +37,7 @@ __all__ = [
     "MAX_HEADER_BYTES",
     "MAX_INLINE_BYTES",
     "NOT_OFFERED",
+    "ORDER",
     "PLACE",
     "PULL",
     "REQUEST",
@@ -74,6 +76,7 @@ CARRIES = 16
 PULL = b"\xf1"
 CHUNK = b"\xf2"
 DONE = b"\xf3"
+ORDER = b"\xf4"
 
 TRANSFER_ID_BYTES = 16
 REQUEST = struct.Struct("!16sQI")

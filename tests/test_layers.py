@@ -17,7 +17,7 @@ MAX_LINES = 600
 # From the bottom up. A module imports from its own layer and from those above it in this list, never from below it.
 LAYERS: list[tuple[str, list[str]]] = [
     ("vocabulary", ["errors", "address", "model", "message", "metric"]),
-    ("pure protocol", ["tf_values", "codec", "wire", "transfer", "routing", "channel", "link"]),
+    ("pure protocol", ["tf_values", "codec", "wire", "transfer", "ahead", "routing", "channel", "link"]),
     (
         "I/O shell",
         [

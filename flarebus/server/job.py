@@ -305,6 +305,7 @@ class ServerJob:
         assert open_task is not None
         for host, its_sites in self.roster.by_host(sites).items():
             self._cell.admit(open_task.payload, host)
+            self._cell.send_ahead(open_task.payload, host)
             for site in its_sites:
                 if self.roster.is_external(site):
                     # Its trainer lives under this address, and fetches the model itself.
@@ -322,6 +323,9 @@ class ServerJob:
             bring = open_task.payload.nbytes <= self._takes.get(host, 0)
             sent = self._cell.request(host, "task", "assign", value, payload=open_task.payload, bring=bring)
             sent.on_done(partial(self._note_assigned, host, open_task))
+        # Last: what is said to their hosts goes a longer way.
+        for trainers in [f"{site}.{self.job_id}" for site in sites if self.roster.is_external(site)]:
+            self._cell.send_ahead(open_task.payload, trainers)
 
     def _note_assigned(self, host: str, open_task: OpenTask, done: Pending[Delivery]) -> None:
         if done.error() is not None:
@@ -360,7 +364,7 @@ class ServerJob:
     def _result_came(self, delivery: Delivery) -> None:
         # On the bus thread. A small result is fetched at once: that saves waking the controller's for it twice.
         if delivery.nbytes > 0 and not delivery.is_here and self._room(delivery.nbytes) is not None:
-            delivery.pull(self._pool)
+            delivery.pull(self._pool, order=True)
         self._post(lambda: self._result(delivery))
 
     def _room(self, nbytes: int) -> SlabPool | None:

@@ -36,8 +36,10 @@ class Upstream:
     ) -> None:
         """Send a result; `settled` is called with the server's answer, on the bus thread. What was shared for it is
         offered until then."""
-        sent = self._cell.request(self._server, "task", "result", self._fields(work, body, None), payload=payload)
         own = payload.manifest is not None and payload.manifest.holder == str(self._cell.address)
+        if own:
+            self._cell.send_ahead(payload, self._server)
+        sent = self._cell.request(self._server, "task", "result", self._fields(work, body, None), payload=payload)
 
         def done(answer: Pending[Delivery]) -> None:
             if own:

@@ -29,6 +29,9 @@ class StillLoop:
     def clock(self) -> float:
         return self.now
 
+    def is_current(self) -> bool:
+        return False
+
     def post(self, call: Callable[..., None], *args: Any) -> None:
         if self.stopped:
             raise Closed("stopped")

@@ -94,6 +94,27 @@ def test_a_trainer_pulls_the_task_itself_and_its_result_is_pulled_from_it(
     assert (statistics.bytes_pulled, statistics.bytes_served) == (0, 0)
 
 
+def test_small_models_go_ahead_to_a_trainer_that_has_pulled_before_and_its_results_to_the_server(
+    bus: Bus, host: PassingHost, trainer: Cell
+) -> None:
+    """From the second round on nobody pulls: either end has ordered, and what is offered comes by itself."""
+    asked = []
+    serve, serve_result = bus.cell._carrier._serve, trainer._carrier._serve
+    bus.cell._carrier._serve = lambda *args: asked.append("task") or serve(*args)  # type: ignore[func-returns-value,method-assign]
+    trainer._carrier._serve = lambda *args: asked.append("result") or serve_result(*args)  # type: ignore[func-returns-value,method-assign]
+    for _ in range(3):
+        running = broadcast(bus, sites=["a"])
+        number, delivery = numbered(host)
+        wait_until(lambda: not asked or bool(trainer._carrier._ahead._came), "the model is there")
+        trainer.pull(delivery.message.manifest, str(trainer.address), order=True).result(LIMIT_S)
+        result = trained(trainer, 2.0)
+        trainer.send_ahead(result, SERVER)
+        assert told(host.pass_on("a", number, result)) == (True, "")
+        assert running.result(LIMIT_S) == {"a": 2.0}
+
+    assert asked == ["task", "result"]
+
+
 @pytest.mark.parametrize("address", [f"c.{JOB}.0.x", f"a.{'2' * 32}.0.x", f"ab.{JOB}.0.x", "a", f"server.{JOB}.x"])
 def test_nobody_elses_trainer_pulls_the_task(bus: Bus, host: PassingHost, address: str) -> None:
     """The trainer of a site that was not asked, of another job, or a cell whose name only looks alike gets nothing."""
