@@ -1,7 +1,8 @@
 """PipeHandler: what is the same for every pipe. Signs of life, sending again, dropping what came twice, requests.
 
 Two threads. The reader blocks in `Pipe.receive`, for as long as the peer may be silent, and calls back; the sender
-takes what is queued, in order, and sends a heartbeat when there is nothing else to say.
+takes what is queued, in order, and sends a heartbeat when there is nothing else to say. A pipe with threads of its own
+may spare both: it calls back itself, and sends for whoever has something to say.
 
 A peer has ended when it says so (END, ABORT), when its pipe breaks, or when it was silent too long (PEER_GONE): the
 status is told once, after everybody who waits for an answer was told, and nothing is delivered from then on.
@@ -44,8 +45,9 @@ class PipeHandler:
 
     Args:
         pipe: opened by the caller; the handler closes it in `stop`.
-        on_message: called with each request and each one-way message, in order, on the reader's thread: while it runs
-            nothing is read. What it raises is logged, and answers the message.
+        on_message: called with each request and each one-way message, in order, on the reader's thread or one of the
+            pipe's. While it runs nothing is read, so it must not block. What it raises is logged, and answers the
+            message.
         on_status: called once, with END, ABORT or PEER_GONE and the reason, when the other end has ended; never while
             `on_message` runs.
         heartbeat_interval: seconds of own quiet before a sign of life is sent; below `heartbeat_timeout`.
@@ -105,8 +107,9 @@ class PipeHandler:
     def start(self) -> None:
         """Begin to listen and to give signs of life; once."""
         self._liveness.begin(self._clock(), self._pipe.moved_bytes())
-        self._reader.start()
         self._sender.thread.start()
+        self._pipe.deliver(self._hear)
+        self._reader.start()
 
     @property
     def has_ended(self) -> bool:
@@ -114,7 +117,7 @@ class PipeHandler:
         return self._ended
 
     def request(self, message: Message) -> Pending[Message]:
-        """Send a request; the reply will be set, on the reader's thread.
+        """Send a request; the reply will be set, on the thread that reads.
 
         Fails with the error that the other end answered with, or with a LinkError: the peer is gone (NoRoute), one of
         the ends has ended (Closed), or nobody read the message in all tries (DeadlineExceeded).
@@ -209,14 +212,9 @@ class PipeHandler:
                 self._gone(f"{type(self._pipe).__name__}.receive raised {type(error).__name__}: {error}")
                 return
             if message is not None:
-                try:
-                    self._take(message)
-                except Exception:  # out of a callback of whoever waited for an answer
-                    log.exception("what %s sent could not be told", self._peer)
+                self._hear(message)
                 # Its buffers are the receiver's: they must not live here until the next message comes.
                 del message
-                # Now, not before: a peer is not silent while nobody listens.
-                self._liveness.heard(self._clock())
             elif patience == 0 and self._patience() == 0:
                 self._gone(f"no sign of life for {self._liveness.timeout:g} s")
 
@@ -225,6 +223,16 @@ class PipeHandler:
         now = self._clock()
         self._liveness.notice(now, self._pipe.get_last_peer_active_time(), self._pipe.moved_bytes())
         return self._liveness.patience(now)
+
+    def _hear(self, message: Message) -> None:
+        if self._ended:
+            return
+        try:
+            self._take(message)
+        except Exception:  # out of a callback of whoever waited for an answer
+            log.exception("what %s sent could not be told", self._peer)
+        # Now, not before: a peer is not silent while nobody listens.
+        self._liveness.heard(self._clock())
 
     def _take(self, message: Message) -> None:
         """Do what a message is for, once."""

@@ -9,7 +9,7 @@ at the same time; `close` may come from a third.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -112,6 +112,22 @@ class Pipe(ABC):
     @abstractmethod
     def export(self, side: ExportMode) -> tuple[str, dict[str, Any]]:
         """The dotted class path and the arguments, as JSON values, that make this end, or the peer's."""
+
+    def begin(self, message: Message, timeout: float | None = None) -> Pending[bool] | None:
+        """Like `send`, from any thread and without waiting: what that would return or raise comes later.
+
+        None, and nothing is sent, where it would have to wait; a pipe that always has to leaves this as it is. Of this
+        and `send` one call at a time is on its way, but for signs of life.
+        """
+        return None
+
+    def deliver(self, to: Callable[[Message], None]) -> bool:
+        """Call `to` with each message as it comes, on a thread of the pipe, which `to` does not hold up.
+
+        Messages still come one at a time and in order, each as if `receive` had returned it. `receive` goes on: it
+        returns what cannot be delivered so, and raises. False, and nothing changes, for a pipe that cannot do that.
+        """
+        return False
 
     def can_resend(self) -> bool:
         """Whether a message whose `send` was False may be sent again."""

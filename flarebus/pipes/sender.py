@@ -1,7 +1,8 @@
-"""Sender: the thread that sends, for a handler. One message after the other, as often as needed, and heartbeats.
+"""Sender: what sends for a handler. One message after the other, as often as needed, and heartbeats.
 
-A send blocks until the peer has read the message, so nobody but this thread sends. What is urgent overtakes what is
-queued, not what is on its way.
+A send blocks until the peer has read the message, so a thread does that. Where a pipe can do without waiting, and
+nothing else is on its way, whoever submits a message sends it, and the thread is woken only if that comes to nothing.
+What is urgent overtakes what is queued, not what is on its way.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Outgoing:
         limit: seconds in which it must be read, without a second try; None: as patient as the sender is.
     """
 
-    __slots__ = ("_holds", "answer", "limit", "message", "read")
+    __slots__ = ("_holds", "answer", "begun", "limit", "message", "read")
 
     def __init__(self, message: Message, *, answer: Pending[Message] | None = None, limit: float | None = None) -> None:
         self.message = message
@@ -43,6 +44,8 @@ class Outgoing:
         self.limit = limit
         self.read: Pending[bool] = Pending()
         """Set once the peer has read it."""
+        self.begun: Pending[bool] | None = None
+        """What will become of a first try that nobody waits for."""
         # The sender lets go of it once; a request is also held until it is answered.
         self._holds = 1 if answer is None else 2
 
@@ -126,24 +129,32 @@ class Sender:
         self._queue: SimpleQueue[Outgoing | None] = SimpleQueue()
         self._urgent: deque[Outgoing] = deque()
         self._current: Outgoing | None = None
+        # Messages that were submitted and are not through: only one that is alone is sent by whoever submits it.
+        self._pending = 0
+        self._begun: Outgoing | None = None
         # Cuts the time between two tries short.
         self._nudge = threading.Event()
         self._ended: Callable[[], LinkError] | None = None
         self.thread = threading.Thread(target=self._run, name="flarebus-pipe-sender", daemon=True)
 
     def submit(self, item: Outgoing, urgent: bool = False) -> Outgoing:
-        """Queue a message; after the end it fails at once."""
+        """Send a message, or queue it; after the end it fails at once."""
         with self._lock:
             ended = self._ended
             if ended is None:
+                self._pending += 1
                 if urgent:
                     self._urgent.append(item)
-                self._queue.put(None if urgent else item)
+                    self._queue.put(None)
+                elif self._pending > 1 or not self._begin(item):
+                    self._queue.put(item)
         if ended is not None:
             item.fail(ended())
             self.let_go(item)
         elif urgent:
             self._nudge.set()
+        elif item.begun is not None:
+            item.begun.on_done(self._came)
         return item
 
     def end(self, error: Callable[[], LinkError]) -> None:
@@ -154,6 +165,10 @@ class Sender:
         if current is not None:
             # A send may hang until the pipe is closed; whoever waits for it need not.
             current.fail(error())
+        begun = self._take_begun()
+        if begun is not None:
+            begun.fail(error())
+            self.let_go(begun)
         self._drain()
         self._nudge.set()
         self._queue.put(None)
@@ -168,16 +183,50 @@ class Sender:
             except Exception:  # a plug-in's own: it must not take down whichever thread came last
                 log.exception("%s.release_send_cache failed", type(self._pipe).__name__)
 
+    def _begin(self, item: Outgoing) -> bool:
+        """Send a message without waiting, if the pipe can do that."""
+        try:
+            item.begun = self._pipe.begin(item.message, self._timeout(item))
+        except Exception:  # the thread will meet it again, and tell
+            return False
+        if item.begun is None:
+            return False
+        self._liveness.sent(self._clock())
+        self._begun = item
+        return True
+
+    def _came(self, outcome: Pending[bool]) -> None:
+        """What became of the message that was begun; on the thread of whoever knows."""
+        if outcome.error() is not None or not outcome.result():
+            self._queue.put(None)
+            return
+        item = self._take_begun()
+        if item is not None:
+            item.read.set(True)
+            self._through(item)
+
+    def _take_begun(self) -> Outgoing | None:
+        """The message that was begun, for one of those who may end it."""
+        with self._lock:
+            item, self._begun = self._begun, None
+        return item
+
+    def _through(self, item: Outgoing) -> None:
+        with self._lock:
+            self._pending -= 1
+        self.let_go(item)
+
     def _run(self) -> None:
         while self._ended is None:
             item = self._next()
-            if item is not None:
-                try:
-                    self._deliver(item)
-                except Exception:  # out of a callback of whoever waited
-                    log.exception("what became of %s could not be told", item.message.topic)
-                # Its buffers may go as soon as they are read.
-                del item
+            for each in (self._take_begun(), item):
+                if each is not None:
+                    try:
+                        self._deliver(each)
+                    except Exception:  # out of a callback of whoever waited
+                        log.exception("what became of %s could not be told", each.message.topic)
+            # Its buffers may go as soon as they are read.
+            del item, each
 
     def _next(self) -> Outgoing | None:
         """What to send now; waits for it until a heartbeat is due."""
@@ -188,6 +237,8 @@ class Sender:
         try:
             return self._queue.get(timeout=self._liveness.heartbeat_in(self._clock()))
         except Empty:
+            with self._lock:
+                self._pending += 1
             return Outgoing(Message(Topic.HEARTBEAT), limit=self._liveness.interval)
 
     def _deliver(self, item: Outgoing) -> None:
@@ -210,13 +261,14 @@ class Sender:
             ended = self._ended
             if ended is not None:
                 item.fail(ended())
-            self.let_go(item)
+            self._through(item)
 
     def _send(self, item: Outgoing) -> None:
         message, tries = item.message, 0
         while self._ended is None and not item.is_settled:
             try:
-                was_read = self._pipe.send(message, item.limit or self._patience.timeout(message))
+                begun, item.begun = item.begun, None
+                was_read = self._pipe.send(message, self._timeout(item)) if begun is None else begun.result()
             finally:
                 self._liveness.sent(self._clock())
             if was_read:
@@ -229,6 +281,9 @@ class Sender:
             self._nudge.clear()
             while self._urgent and self._ended is None:
                 self._deliver(self._urgent.popleft())
+
+    def _timeout(self, item: Outgoing) -> float | None:
+        return item.limit or self._patience.timeout(item.message)
 
     def _drain(self) -> None:
         """Fail what was queued and will not be sent."""

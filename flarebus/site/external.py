@@ -213,6 +213,7 @@ class ExternalSite:
             return
         if rank == 0:
             self._patience = None
+            life.open_others()
         if self._work is not None and self._work.result is None:
             self._hand_out(self._work, [rank])
 
@@ -256,7 +257,7 @@ class ExternalSite:
         def pulled(arrived: Pending[Sequence[Buffer]]) -> None:
             self._events.put(lambda: self._pulled(life, work, ranks, body, arrived))
 
-        work.delivery.pull().on_done(pulled)
+        work.delivery.pull(order=True).on_done(pulled)
 
     def _pulled(
         self,
@@ -293,14 +294,15 @@ class ExternalSite:
         fields = pack(number=work.number, model=body, **work.fields)
 
         def done(sent: Pending[bool]) -> None:
-            self._events.put(lambda: self._given(life, work, sent))
+            error = real_error(sent)
+            if error is not None:
+                self._events.put(lambda: self._not_given(life, work, error))
 
         for rank in ranks:
             life.send(rank, Message(TASK, fields, buffers, manifest=manifest)).on_done(done)
 
-    def _given(self, life: Trainer, work: Work, sent: Pending[bool]) -> None:
-        error = real_error(sent)
-        if error is not None and life is self._life and work is self._work:
+    def _not_given(self, life: Trainer, work: Work, error: BaseException) -> None:
+        if life is self._life and work is self._work:
             self._fail(f"the task could not be handed to its trainer: {error}")
 
     def _cancelled(self, number: int) -> None:

@@ -127,6 +127,8 @@ class Trainer:
         """The ranks that have come."""
         self.has_come = False
         """Whether its first rank was ever here."""
+        self.world_size = 1
+        """How many ranks there are, when the first one has said so."""
         self.n_answered = 0
         """How many of its results were answered."""
         self.holds: int | None = None
@@ -208,6 +210,15 @@ class Trainer:
         self._pipe_of.clear()
         self._open_metric()
         self._open_rank(0)
+
+    def open_others(self) -> None:
+        """Listen to the ranks beside the first.
+
+        Raises:
+            FlarebusError, OSError: a pipe cannot be opened.
+        """
+        for rank in range(1, self.world_size):
+            self._open_rank(rank)
 
     def took(self, number: int) -> bool:
         """Whether a task that this life leaves behind was in work there, as far as is known."""
@@ -352,9 +363,7 @@ class Trainer:
         self.ranks[rank] = handler
         if rank == 0:
             self.has_come = True
-            with contextlib.suppress(Closed):  # the life is over meanwhile, and its owner knows
-                for other in range(1, world_size):
-                    self._open_rank(other)
+            self.world_size = world_size
         self._watcher.ready(self, rank)
 
     def _why_not(self, rank: int, message: Message) -> tuple[str, int]:

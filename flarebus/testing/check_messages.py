@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from queue import Empty, SimpleQueue
 
 import numpy as np
 
@@ -44,6 +45,61 @@ def _stream(trial: PipeTrial, sender: End, receiver: End, messages: list[Message
     for call in sending:
         if call.result() is not True:
             raise sender.broken("send", "has to be True once the peer's receive has returned the message")
+
+
+def begun_messages_keep_their_order(trial: PipeTrial) -> None:
+    """A pipe that can send without waiting says what became of it, and `send` after it stays behind it."""
+    here, there = trial.pair()
+    trial.exchange(here, there, Message("first"))
+    trial.exchange(there, here, Message("first"))
+    for sender, receiver in ((here, there), (there, here)):
+        for number in range(20):
+            begun = sender.begin("begin", Message("begun", str(number).encode()), trial.patience).result()
+            if begun is None:
+                break
+            if begun.is_done:
+                raise sender.broken("begin", "says what became of a message that nobody has received")
+            if (found := receiver.next("that was begun")).body != str(number).encode():
+                raise receiver.broken("receive", f"returned message {found.body!r} where {number} was due")
+            if begun.result(trial.patience) is not True:
+                raise sender.broken("begin", "has to come to True once the peer's receive has returned the message")
+
+
+def delivered_messages_keep_their_order(trial: PipeTrial) -> None:
+    """A pipe that delivers messages by itself gives each to one of the two ways, in order."""
+    here, there = trial.pair()
+    for sender, receiver in ((here, there), (there, here)):
+        came: SimpleQueue[Message] = SimpleQueue()
+        _stream(trial, sender, receiver, [Message("before")])
+        if receiver.begin("deliver", came.put).result() is not True:
+            continue
+        _fetch(receiver, came)
+        for number in range(20):
+            message = Message("order", str(number).encode(), [sample(300_000)] * (number % 2))
+            sending = sender.send(message)
+            try:
+                found = came.get(timeout=trial.patience)
+            except Empty:
+                raise receiver.broken("deliver", f"message {number} came neither way") from None
+            if found.msg_id != message.msg_id:
+                raise receiver.broken("deliver", f"message {found.body!r} came where {message.body!r} was due")
+            check_same(receiver, message, found)
+            if sending.result() is not True:
+                raise sender.broken("send", "has to be True once the message was delivered")
+        if not came.empty():
+            raise receiver.broken("deliver", "gave a message twice")
+
+
+def _fetch(receiver: End, came: SimpleQueue[Message]) -> None:
+    """Receive, as long as there is something to receive."""
+    receiving = receiver.receive()
+
+    def again() -> None:
+        if not receiving.has_failed and isinstance(found := receiving.result(), Message):
+            came.put(found)
+            _fetch(receiver, came)
+
+    receiving.on_done(again)
 
 
 def fields_survive(trial: PipeTrial) -> None:
@@ -218,6 +274,8 @@ def check_same(receiver: End, sent: Message, received: Message) -> None:
 CHECKS = (
     messages_keep_their_order,
     burst_arrives_whole,
+    begun_messages_keep_their_order,
+    delivered_messages_keep_their_order,
     fields_survive,
     every_size_arrives,
     many_buffers_arrive,

@@ -16,7 +16,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from flarebus.address import check_name
@@ -114,6 +114,9 @@ class CellPipe(Pipe):
         self._incoming: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._waiting: dict[str, Delivery] = {}
         self._read: deque[str] = deque(maxlen=MAX_READ)
+        # To whom messages are given as they come, unless `receive` has returned one that is still looked at.
+        self._deliver: Callable[[Message], None] | None = None
+        self._is_fetched = False
         self._broken = ""
         self._offered: dict[str, Payload] = {}
         self._sending: set[Pending[Delivery]] = set()
@@ -134,6 +137,7 @@ class CellPipe(Pipe):
         link = self._arguments["link"]
         self._name, self._broken, self._last_active = f"{name}.{link}" if link else name, "", 0.0
         self._incoming = queue.SimpleQueue()
+        self._deliver, self._is_fetched = None, False
         self._met.clear()
         # A trainer knows the name of its peer; the client job learns it from the greeting.
         self._peer = self.address if self.mode is Mode.ACTIVE else ""
@@ -158,23 +162,17 @@ class CellPipe(Pipe):
         deadline = None if timeout is None else time.monotonic() + timeout
         if not self._met.wait(timeout):
             return False
-        try:
-            self._send(message, deadline)
-        except DeadlineExceeded:
-            return False
-        except EncodeError:
-            raise
-        except FlarebusError as error:
-            self._check_open()
-            raise BrokenPipeError(_in_words(error)) from error
-        self._last_active = time.monotonic()
-        return True
+        return self._begin(message, None if deadline is None else max(0.0, deadline - time.monotonic())).result()
+
+    def begin(self, message: Message, timeout: float | None = None) -> Pending[bool] | None:
+        """Hand a message over without waiting, once the peer is known; see `Pipe.begin`."""
+        return self._begin(message, timeout) if self._met.is_set() else None
 
     def receive(self, timeout: float | None = None) -> Message | None:
         """The next message; see `Pipe.receive`. What a peer said before it went is still heard."""
         if self._cell is None:
             self._check_open()
-        incoming = self._incoming
+        incoming, self._is_fetched = self._incoming, False
         try:
             head = incoming.get(timeout=timeout)
         except queue.Empty:
@@ -182,6 +180,7 @@ class CellPipe(Pipe):
         with self._lock:
             delivery = None if head is None else self._waiting.pop(head)
             self._read.extend(() if head is None else (head,))
+            self._is_fetched = delivery is not None
         if delivery is None:
             incoming.put(None)  # for whoever comes next
             self._check_open()
@@ -198,8 +197,13 @@ class CellPipe(Pipe):
     def pull(self, message: Message) -> Pending[Sequence[Buffer]]:
         """Bring the buffers of a message here, from whoever holds them."""
         if isinstance(message, _CellMessage) and message.manifest is not None:
-            return message.delivery.pull()
+            return message.delivery.pull(order=True)
         return super().pull(message)
+
+    def deliver(self, to: Callable[[Message], None]) -> bool:
+        """Give messages to `to` on the bus thread, but those that have to be fetched."""
+        self._deliver = to
+        return True
 
     def clear(self) -> None:
         """Drop what waits to be received."""
@@ -274,8 +278,26 @@ class CellPipe(Pipe):
                 self._waiting[head] = delivery
         if was_read:
             delivery.reply()
-        elif is_new:
+        elif is_new and not self._deliver_now(head, delivery):
             self._incoming.put(head)
+
+    def _deliver_now(self, head: str, delivery: Delivery) -> bool:
+        """Give a message to whoever wants it at once, if it is the only one, and here."""
+        body = fields_of(delivery)[2]
+        with self._lock:
+            deliver = self._deliver
+            if deliver is None or self._is_fetched or len(self._waiting) > 1 or body is None:
+                return False
+            try:
+                message = _CellMessage.of(delivery)
+            except DecodeError:  # `receive` raises it
+                return False
+            del self._waiting[head]
+            self._read.append(head)
+        self._last_active = time.monotonic()
+        delivery.reply()
+        deliver(message)
+        return True
 
     def _greeted(self, incoming: object, pause_s: float, until: float, answer: Pending[Delivery]) -> None:
         error = answer.error()
@@ -346,7 +368,7 @@ class CellPipe(Pipe):
             answer = cell.request(self._peer, BUS_CHANNEL, BUS_TOPIC, words, source=self._own_address(cell))
         answer.on_done(lambda done: self._greeted(incoming, pause_s, until, done))
 
-    def _send(self, message: Message, deadline: float | None) -> None:
+    def _begin(self, message: Message, timeout: float | None) -> Pending[bool]:
         with self._lock:
             self._check_open()
             cell = self._cell
@@ -354,20 +376,36 @@ class CellPipe(Pipe):
             inside = len(message.body) <= MAX_BODY_BYTES - ROOM_BYTES
             if not inside and message.manifest is not None:
                 raise EncodeError(message.topic, f"a body of {len(message.body)} bytes with a manifest")
-            sent = cell.request(
-                self._peer,
-                BUS_CHANNEL,
-                BUS_TOPIC,
-                [self._name, message.head(), message.body if inside else None],
-                payload=self._payload(cell, message, inside),
-                timeout=None if deadline is None else max(0.0, deadline - time.monotonic()),
-                source=self._own_address(cell),
-            )
+            payload = self._payload(cell, message, inside)
+            if message.msg_id in self._offered:
+                for reader in (self._peer, *message.readers):
+                    cell.send_ahead(payload, reader)
+            words = [self._name, message.head(), message.body if inside else None]
+            source = self._own_address(cell)
+            try:
+                sent = cell.request(
+                    self._peer, BUS_CHANNEL, BUS_TOPIC, words, payload=payload, timeout=timeout, source=source
+                )
+            except Closed as error:
+                raise BrokenPipeError(_in_words(error)) from error
             self._sending.add(sent)
-        try:
-            sent.result()
-        finally:
-            self._sending.discard(sent)
+        read: Pending[bool] = Pending()
+        sent.on_done(lambda done: self._sent(done, read))
+        return read
+
+    def _sent(self, sent: Pending[Delivery], read: Pending[bool]) -> None:
+        """A message was read, or will not be; on the bus thread, or that of whoever closes."""
+        self._sending.discard(sent)
+        error = sent.error()
+        if error is None:
+            self._last_active = time.monotonic()
+            read.set(True)
+        elif isinstance(error, DeadlineExceeded):
+            read.set(False)
+        else:
+            broken = BrokenPipeError(self._broken or _in_words(error))
+            broken.__cause__ = error
+            read.fail(broken)
 
     def _payload(self, cell: Cell, message: Message, body_inside: bool) -> Payload:
         if message.manifest is not None:

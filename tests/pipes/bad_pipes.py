@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from flarebus_pipes.memory_pipe import MemoryPipe
 
 from flarebus.errors import UsageError
+from flarebus.pending import Pending
 from flarebus.pipes import ExportMode, Message, Mode
 from tests.pipes.socket_pipe import SocketPipe
 
@@ -342,6 +343,25 @@ class Loses(MemoryPipe):
     def send(self, message: Message, timeout: float | None = None) -> bool:
         """Now and then nothing."""
         return True if next(self.numbers) % 1000 == 0 else super().send(message, timeout)
+
+
+class BeginsInTheDark(MemoryPipe):
+    """Says at once that a message was read."""
+
+    def begin(self, message: Message, timeout: float | None = None) -> Pending[bool]:
+        """As if somebody had been asked."""
+        read: Pending[bool] = Pending()
+        read.set(True)
+        return read
+
+
+class DeliversTwice(Changing):
+    """Gives a message to both who want it."""
+
+    def deliver(self, to: Any) -> bool:
+        """As it should be, were it the only way."""
+        self.change = lambda message: to(message) or message  # type: ignore[method-assign]
+        return True
 
 
 class LowersTopics(Changing):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from flarebus.pending import Pending
 from flarebus.pipes import ExportMode, Message, Mode, Pipe, Topic
 
 __all__ = ["LIMIT_S", "FakePipe", "FakeTime"]
@@ -40,6 +41,10 @@ class FakePipe(Pipe):
         self.timeouts: list[float | None] = []
         self.take: Callable[[Message], bool] = lambda message: True
         """Stands for the other end: whether it reads a message."""
+        self.begin_with: Callable[[Message], Pending[bool] | None] = lambda message: None
+        """Stands for a pipe that sends without waiting."""
+        self.to: Callable[[Message], None] | None = None
+        """To whom the handler has messages delivered."""
         self.resendable = True
         self.released: SimpleQueue[Message] = SimpleQueue()
         self.moved = 0
@@ -57,6 +62,15 @@ class FakePipe(Pipe):
         self.timeouts.append(timeout)
         self.sent.put(message)
         return self.take(message)
+
+    def begin(self, message: Message, timeout: float | None = None) -> Pending[bool] | None:
+        """As the test says."""
+        return self.begin_with(message)
+
+    def deliver(self, to: Callable[[Message], None]) -> bool:
+        """The test calls it."""
+        self.to = to
+        return True
 
     def receive(self, timeout: float | None = None) -> Message | None:
         """What the test puts in next, however long that takes."""

@@ -72,6 +72,13 @@ IN_PROCESS = [
     ("closed_ends_leave_nothing", "LeavesTraces", "close", "nothing may be left .* ends are closed: a segment"),
     ("messages_keep_their_order", "Repeats", "receive", "returned message b'5' where b'6' was due"),
     ("burst_arrives_whole", "Loses", "receive", "returned message b'1000' where b'999' was due"),
+    (
+        "begun_messages_keep_their_order",
+        "BeginsInTheDark",
+        "begin",
+        "what became of a message that nobody has received",
+    ),
+    ("delivered_messages_keep_their_order", "DeliversTwice", "deliver", "message b'0' came where b'1' was due"),
     ("fields_survive", "LowersTopics", "receive", "topic has to arrive as it was sent: 'Train_1' came as 'train_1'"),
     ("fields_survive", "ForgetsIds", "receive", "another message than the one that was sent"),
     ("every_size_arrives", "DropsEmptyBuffers", "receive", "1 buffers have to arrive"),

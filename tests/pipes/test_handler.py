@@ -18,8 +18,11 @@ from flarebus.errors import (
     RemoteError,
     UsageError,
 )
+from flarebus.pending import Pending
 from flarebus.pipes import Message, MessageType, Topic
+from flarebus.pipes.handler import PipeHandler
 from tests.pipes.fake_pipe import LIMIT_S, FakePipe
+from tests.pipes.links import wait_until
 from tests.pipes.told import Make, drained, the_next
 
 # -- requests --
@@ -317,3 +320,109 @@ def test_send_that_raises_fails_its_message_only(make: Make, fake: FakePipe) -> 
         handler.request(Message("train")).result(LIMIT_S)
     assert isinstance(raised.value.__cause__, OSError)
     assert handler.post(Message("metric")).result(LIMIT_S)
+
+
+# -- pipes that spare the threads --
+
+
+def begins(handler: PipeHandler, fake: FakePipe, begin: Callable[[Message], Pending[bool] | None]) -> None:
+    """From now on the pipe sends without waiting; the first sign of life is through."""
+    assert fake.heartbeats.get(timeout=LIMIT_S)
+    wait_until(lambda: handler._sender._pending == 0, "nothing is on its way")
+    fake.begin_with = begin
+
+
+def test_a_message_that_was_begun_needs_no_thread(make: Make, fake: FakePipe) -> None:
+    """What the pipe sends without waiting is read when it says so, and is not sent again."""
+    begun: list[Pending[bool]] = []
+    handler, _ = make(fake)
+    begins(handler, fake, lambda message: begun.append(Pending()) or begun[-1])  # type: ignore[func-returns-value]
+
+    posted = handler.post(Message("task"))
+    assert len(begun) == 1
+    assert not posted.is_done
+    begun[0].set(True)
+    assert posted.result(LIMIT_S) is True
+    handler.post(Message("task"))
+
+    assert len(begun) == 2
+    assert fake.sent.empty()
+    begun[1].set(True)
+
+
+def test_what_is_said_behind_a_message_that_was_begun_waits_for_it(make: Make, fake: FakePipe) -> None:
+    """One message after the other, also when the first has to be sent again."""
+    begun: list[Pending[bool]] = []
+    handler, _ = make(fake, resend_interval=0.0)
+    begins(handler, fake, lambda message: begun.append(Pending()) or begun[-1])  # type: ignore[func-returns-value]
+    first, second = handler.post(Message("first")), handler.post(Message("second"))
+    assert len(begun) == 1
+    assert fake.sent.empty()
+
+    begun[0].set(False)
+
+    assert [the_next(fake.sent).topic for _ in range(2)] == ["first", "second"]
+    assert (first.result(LIMIT_S), second.result(LIMIT_S)) == (True, True)
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError("cut"), OSError("no room")])
+def test_a_message_that_was_begun_in_vain_fails_as_any_other(make: Make, fake: FakePipe, error: OSError) -> None:
+    """A broken pipe ends the handler, anything else one message."""
+    begun: Pending[bool] = Pending()
+    handler, told = make(fake)
+    begins(handler, fake, lambda message: begun)
+    posted = handler.post(Message("task"))
+
+    begun.fail(error)
+
+    with pytest.raises(LinkError, match=str(error)):
+        posted.result(LIMIT_S)
+    if isinstance(error, BrokenPipeError):
+        assert told.status() == (Topic.PEER_GONE, "cut")
+    else:
+        fake.begin_with = lambda message: None
+        assert handler.post(Message("task")).result(LIMIT_S)
+
+
+def test_a_pipe_that_cannot_begin_a_message_is_asked_to_send_it(make: Make, fake: FakePipe) -> None:
+    """What it raises is met again, and told, by `send`."""
+
+    def refuse(message: Message) -> Pending[bool]:
+        raise ValueError("not like this")
+
+    handler, _ = make(fake)
+    begins(handler, fake, refuse)
+
+    assert handler.post(Message("task")).result(LIMIT_S) is True
+    assert the_next(fake.sent).topic == "task"
+
+
+def test_a_message_on_its_way_without_a_thread_hears_of_the_end(make: Make, fake: FakePipe) -> None:
+    """Whoever waits for it is told when this end stops, whatever the pipe says later."""
+    begun: Pending[bool] = Pending()
+    handler, _ = make(fake)
+    begins(handler, fake, lambda message: begun)
+    asked = handler.request(Message("result"))
+
+    handler.stop()
+
+    with pytest.raises(LinkError, match="stopped"):
+        asked.result(LIMIT_S)
+    begun.set(True)
+    assert the_next(fake.released).topic == "result"
+
+
+def test_a_delivered_message_is_taken_as_one_that_was_received(make: Make, fake: FakePipe) -> None:
+    """Once, whichever way it comes, and never after the end."""
+    handler, told = make(fake)
+    message = Message("task")
+    assert fake.to is not None
+
+    fake.to(message)
+    assert told.message() is message
+    fake.inbox.put(message)
+    fake.inbox.put(Message("next"))
+    assert told.message().topic == "next"
+    handler.stop()
+    fake.to(Message("late"))
+    assert told.nothing_more()
