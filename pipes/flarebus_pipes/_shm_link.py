@@ -1,8 +1,9 @@
 """ShmLink: the thread of an open `ShmPipe` that owns its socket, and what other threads may ask of it.
 
-The PASSIVE end listens, the ACTIVE end connects, again and again until somebody is there. Frames are posted by any
-thread and sent by this one, which never blocks on the other end. That the other end is gone is heard from the socket,
-or, when children of a killed process still hold the socket, from its process.
+The PASSIVE end listens, the ACTIVE end connects, again and again until somebody is there. Frames are sent by whoever
+has them, as far as the socket takes them at once, and the rest by this thread; nobody blocks on the other end. That the
+other end is gone is heard from the socket, or, when children of a killed process still hold the socket, from its
+process.
 """
 
 from __future__ import annotations
@@ -79,9 +80,14 @@ class ShmLink:
         """When the peer gave a sign of life, in monotonic seconds; 0.0 if it never did."""
         self._place = place
         self._pool = pool
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        # Under one lock: something may be received; a message that was sent is settled.
+        self._arrival, self._settling, self._lock = threading.Condition(lock), threading.Condition(lock), lock
         self._end = self._lost = ""
         self._waiting: deque[_Waiting] = deque()
+        # To whom messages are given as they come, unless `receive` has returned one that is still looked at.
+        self._deliver: Callable[[Message], None] | None = None
+        self._is_fetched = False
         self._outbox: deque[Frame] = deque()
         # Appended to by the garbage collector on threads that hold the lock: no lock for this one.
         self._released: deque[tuple[int, int]] = deque()
@@ -123,17 +129,16 @@ class ShmLink:
         Raises:
             BrokenPipeError: this end was closed, or the peer is gone.
         """
-        with self._changed:
+        with self._lock:
             self.check()
             self._number += 1
             number = self._number
             sent = self._sent[number] = _Sent(segment)
-            self._outbox.append(Frame(MESSAGE, number, memoryview(record), head.encode()))
-            self._wake()
+            self._put(Frame(MESSAGE, number, memoryview(record), head.encode()))
             try:
-                if not self._wait(lambda: sent.outcome, deadline):
+                if not _wait(self._settling, lambda: sent.outcome, deadline):
                     self._withdraw(number, sent)
-                    self._wait(lambda: sent.outcome, time.monotonic() + _WITHDRAW_S)
+                    _wait(self._settling, lambda: sent.outcome, time.monotonic() + _WITHDRAW_S)
             finally:
                 del self._sent[number]
                 if sent.outcome == 0:
@@ -144,8 +149,7 @@ class ShmLink:
 
     def _withdraw(self, number: int, sent: _Sent) -> None:
         if sent.is_out:
-            self._outbox.append(Frame(WITHDRAW, number))
-            self._wake()
+            self._put(Frame(WITHDRAW, number))
             return
         self._outbox = deque(frame for frame in self._outbox if (frame.kind, frame.number) != (MESSAGE, number))
         self._pool.take_back(sent.segment)
@@ -158,49 +162,77 @@ class ShmLink:
             BrokenPipeError: this end was closed, or the peer is gone and nothing waits.
             DecodeError: what came was none.
         """
-        with self._changed:
-            self._wait(lambda: self._waiting or self._end or self._lost, deadline)
+        with self._lock:
+            self._is_fetched = False
+            _wait(self._arrival, lambda: self._waiting or self._end or self._lost, deadline)
             if self._end:
                 raise BrokenPipeError(self._end)
             if self._waiting:
+                self._is_fetched = True
                 return self._take()
             if self._lost:
                 raise BrokenPipeError(self._lost)
             return None
 
+    def deliver(self, to: Callable[[Message], None]) -> None:
+        """Give messages to `to`, on the thread of the link, as they come."""
+        self._deliver = to
+
+    def _next_to_deliver(self) -> Message | None:
+        with self._lock:
+            if (
+                self._end
+                or not self._waiting
+                or not self._is_direct
+                or isinstance(self._waiting[0].message, DecodeError)
+            ):
+                return None
+            return self._take()
+
+    @property
+    def _is_direct(self) -> bool:
+        return self._deliver is not None and not self._is_fetched
+
     def _take(self) -> Message:
+        if len(self._waiting) == _MAX_WAITING:
+            self._wake()  # there is room for more
         taken = self._waiting.popleft()
         if taken.connection == self._connections:
-            self._outbox.append(Frame(READ, taken.number))
-        self._wake()
+            self._put(Frame(READ, taken.number))
         if isinstance(taken.message, DecodeError):
             raise taken.message
         return taken.message
 
     def clear(self) -> None:
         """Receive all that waits, and drop it."""
-        with self._changed:
+        with self._lock:
             while self._waiting and not self._end:
                 with contextlib.suppress(DecodeError):
                     self._take()
 
     def discard(self, number: int) -> None:
         """Tell the peer that this segment will not be used again."""
-        with self._changed:
-            self._outbox.append(Frame(DISCARD, number))
-            self._wake()
+        with self._lock:
+            self._put(Frame(DISCARD, number))
 
     def stop(self, why: str) -> None:
         """End all waiting, and the thread; what the peer was promised still goes out."""
-        with self._changed:
+        with self._lock:
             self._finish(why)
         self._wake()
         if threading.current_thread() is not self._thread:
             self._thread.join(_END_S)
 
-    def _wait(self, is_true: Callable[[], object], deadline: float | None) -> bool:
-        left = None if deadline is None else deadline - time.monotonic()
-        return bool(self._changed.wait_for(is_true, left))
+    def _put(self, frame: Frame) -> None:
+        """Send a frame, now if the socket takes it; under the lock."""
+        self._outbox.append(frame)
+        connection = self._connection
+        if connection is not None and not connection.wants_to_write:
+            with contextlib.suppress(OSError):  # the thread hears why
+                self._send_out(connection)
+                if not connection.wants_to_write:
+                    return
+        self._wake()
 
     def _wake(self) -> None:
         # From the garbage collector too. A full socket wakes as well as one more byte, a closed one need not.
@@ -223,10 +255,10 @@ class ShmLink:
                 self._turn()
             self._say_goodbye()
         except OSError as error:
-            with self._changed:
+            with self._lock:
                 self._finish(f"the socket in {self._place.path} failed: {error}")
         finally:
-            with self._changed:
+            with self._lock:
                 self._finish("the thread of this pipe has failed")  # unless it has another reason
             self._disconnect("")
             for each in (self._listener, self._inotify, self._woken, self._waker):
@@ -274,51 +306,60 @@ class ShmLink:
         try:
             while True:
                 frames, is_there = connection.read() if len(self._waiting) < _MAX_WAITING else ([], True)
-                with self._changed:
+                with self._lock:
                     for frame in frames:
                         self._on_frame(frame)
-                    self._changed.notify_all()
+                while self._deliver is not None and (message := self._next_to_deliver()) is not None:
+                    self._deliver(message)
+                    del message
                 if not is_there:
                     raise ConnectionResetError
                 if not is_dead or not frames:
                     break
             if is_dead:
                 raise ConnectionResetError
-            self._send_out(connection)
+            with self._lock:
+                self._send_out(connection)
         except OSError as error:
             why = f"the other end of channel {self._place.name!r} is gone"
             self._disconnect(f"{why}: {error}" if error.args else why)
 
     def _send_out(self, connection: FrameSocket) -> None:
-        with self._changed:
-            while self._released:
-                number_of, segment = self._released.popleft()
-                if number_of == self._connections:
-                    connection.put(Frame(RELEASE, segment))
-            while self._outbox:
-                frame = self._outbox.popleft()
-                if frame.kind == MESSAGE:
-                    sent = self._sent.get(frame.number)
-                    if sent is None:  # its sender was interrupted
-                        continue
-                    handle = self._pool.hand_over(sent.segment) if sent.segment else -1
-                    if handle is None:  # a peer that is gone took it along
-                        sent.outcome = -1
-                        continue
-                    sent.is_out = True
-                    frame = frame._replace(handle=handle)
-                connection.put(frame)
-            self._changed.notify_all()
+        """Send what waits, as far as the socket takes it; under the lock."""
+        while self._released:
+            number_of, segment = self._released.popleft()
+            if number_of == self._connections:
+                connection.put(Frame(RELEASE, segment))
+        while self._outbox:
+            frame = self._outbox.popleft()
+            if frame.kind == MESSAGE:
+                sent = self._sent.get(frame.number)
+                if sent is None:  # its sender was interrupted
+                    continue
+                handle = self._pool.hand_over(sent.segment) if sent.segment else -1
+                if handle is None:  # a peer that is gone took it along
+                    self._settle(sent, -1)
+                    continue
+                sent.is_out = True
+                frame = frame._replace(handle=handle)
+            connection.put(frame)
         connection.flush()
+
+    def _settle(self, sent: _Sent, outcome: int) -> None:
+        sent.outcome = sent.outcome or outcome
+        self._settling.notify_all()
 
     def _on_frame(self, frame: Frame) -> None:
         self.last_active = time.monotonic()
         if frame.kind == MESSAGE:
-            self._waiting.append(_Waiting(self._connections, frame.number, self._message(frame)))
+            message = self._message(frame)
+            self._waiting.append(_Waiting(self._connections, frame.number, message))
+            if not self._is_direct or isinstance(message, DecodeError):
+                self._arrival.notify_all()
         elif frame.kind in (READ, WITHDRAWN):
             sent = self._sent.get(frame.number)
             if sent is not None and sent.is_out and not sent.outcome:
-                sent.outcome = frame.kind
+                self._settle(sent, frame.kind)
                 if frame.kind == READ:
                     self._pool.settle(sent.segment)
         elif frame.kind == WITHDRAW:
@@ -399,7 +440,7 @@ class ShmLink:
         if pid > 0 and hasattr(os, "pidfd_open"):
             with contextlib.suppress(OSError):
                 self._peer_process = os.pidfd_open(pid)
-        with self._changed:
+        with self._lock:
             self._connections += 1
             self._mappings = self._new_mappings()
             self._connection = FrameSocket(connection)
@@ -408,7 +449,7 @@ class ShmLink:
         self._wake()  # something may wait to go out
 
     def _disconnect(self, why: str) -> None:
-        with self._changed:
+        with self._lock:
             connection, self._connection = self._connection, None
             handle, self._peer_process = self._peer_process, None
             if connection is None:
@@ -416,11 +457,11 @@ class ShmLink:
             self._lost = why
             self._outbox.clear()
             for sent in self._sent.values():
-                sent.outcome = sent.outcome or -1
+                self._settle(sent, -1)
             self._pool.reset()
             # Views that somebody has keep their memory.
             self._mappings = self._new_mappings()
-            self._changed.notify_all()
+            self._arrival.notify_all()
         connection.close()
         if handle is not None:
             os.close(handle)
@@ -428,20 +469,27 @@ class ShmLink:
     def _finish(self, why: str) -> None:
         self._end = self._end or why
         for sent in self._sent.values():
-            sent.outcome = sent.outcome or -1
-        self._changed.notify_all()
+            self._settle(sent, -1)
+        self._arrival.notify_all()
 
     def _say_goodbye(self) -> None:
         connection = self._connection
         if connection is None:
             return
-        with self._changed:
+        with self._lock:
             self._outbox = deque(frame for frame in self._outbox if frame.kind != MESSAGE)
+            with contextlib.suppress(OSError):
+                self._send_out(connection)
         give_up = time.monotonic() + _GOODBYE_S
         with contextlib.suppress(OSError):
-            self._send_out(connection)
             while connection.wants_to_write and (left := give_up - time.monotonic()) > 0:
                 poll = select.poll()
                 poll.register(connection, select.POLLOUT)
                 poll.poll(left * 1000)
-                connection.flush()
+                with self._lock:
+                    connection.flush()
+
+
+def _wait(condition: threading.Condition, is_true: Callable[[], object], deadline: float | None) -> bool:
+    left = None if deadline is None else deadline - time.monotonic()
+    return bool(condition.wait_for(is_true, left))

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,17 @@ class ShmPipe(Pipe):
         if message is not None:
             end.moved_bytes += message.nbytes
         return message
+
+    def deliver(self, to: Callable[[Message], None]) -> bool:
+        """Give messages to `to` on the pipe's own thread."""
+        end = self._open_end()
+
+        def pass_on(message: Message) -> None:
+            end.moved_bytes += message.nbytes
+            to(message)
+
+        end.link.deliver(pass_on)
+        return True
 
     def clear(self) -> None:
         """Drop what waits to be received; to their senders these messages were read."""

@@ -296,15 +296,16 @@ def test_a_sender_that_is_interrupted(ends: Ends) -> None:
     passive, active = ends
     exchange(passive, active, Message("train"))
     link = passive._open_end().link
-    wait = link._wait
+    send_out, wait_for = link._send_out, link._settling.wait_for
 
-    def interrupted(is_true: Callable[[], object], deadline: float | None) -> bool:
+    def interrupted(is_true: Callable[[], object], timeout: float | None = None) -> bool:
         raise KeyboardInterrupt
 
-    link._wait = interrupted  # type: ignore[method-assign]
+    link._send_out = lambda connection: None  # type: ignore[method-assign]
+    link._settling.wait_for = interrupted  # type: ignore[assignment,method-assign]
     with pytest.raises(KeyboardInterrupt):
         passive.send(Message("train"))
-    link._wait = wait  # type: ignore[method-assign]
+    link._send_out, link._settling.wait_for = send_out, wait_for  # type: ignore[method-assign]
 
     assert exchange(passive, active, Message("next")).topic == "next"
 
