@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,6 +66,18 @@ class FedProxLoss:
             total = total + (parameter - received).square().sum()
         return self.mu / 2 * total
 
+    def add_gradients(self, parameters: Iterable[Tensor] | None = None) -> None:
+        """Add the gradient of the term, mu (w - w_global), to the gradients, in place: for loops whose loss is out of
+        reach. After `backward` (and unscaling) and before the optimizer. What has no gradient gets none.
+
+        Args:
+            parameters: only for these; None: all that are trained.
+        """
+        chosen = None if parameters is None else {id(each) for each in parameters}
+        for parameter, received in self._pairs:
+            if parameter.grad is not None and (chosen is None or id(parameter) in chosen):
+                parameter.grad.add_(parameter.detach() - received, alpha=self.mu)
+
 
 def _mu(received: FLModel) -> float:
     mu = received.meta.get(MetaKey.FEDPROX_MU, 0.0)
@@ -94,6 +106,11 @@ class Scaffold:
         self._offsets: dict[str, Any] = {}
         self._sums: dict[str, Any] = {}
         self._n_steps = 0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is a round, and the server sent its control variate with the model of it."""
+        return self._server is not None
 
     def begin(self, received: FLModel) -> None:
         """Start a round with the model as it was received; without a control variate in it SCAFFOLD is off."""

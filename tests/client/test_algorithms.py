@@ -51,6 +51,25 @@ def test_the_proximal_term_and_its_gradient() -> None:
     assert (model.weight.grad.item(), model.bias.grad.item()) == (1.5, -0.5)
 
 
+def test_the_gradient_can_be_added_without_the_loss() -> None:
+    """Where the loss is out of reach, what is added to gradients is the gradient of the term; only of those asked for,
+    and of those that have one."""
+    by_loss, by_hand, in_part = line(), line(), line()
+    for model in (by_loss, by_hand, in_part):
+        proximal = FedProxLoss(model, with_mu(0.5))
+        with torch.no_grad():
+            model.weight += 3.0
+        (model.weight.square().sum() + (proximal() if model is by_loss else 0)).backward()
+        if model is by_hand:
+            proximal.add_gradients()
+        elif model is in_part:
+            proximal.add_gradients([model.bias])
+
+    found = [None if model.weight.grad is None else model.weight.grad.item() for model in (by_loss, by_hand, in_part)]
+    assert found == [11.5, 11.5, 10.0]
+    assert by_hand.bias.grad is None
+
+
 @pytest.mark.parametrize("received", [FLModel(), with_mu(0), with_mu(0.0)], ids=["none sent", "0", "0.0"])
 def test_without_mu_the_term_is_nothing(received: FLModel) -> None:
     """Under a recipe that sends no mu the loss and its gradient stay what they are."""
@@ -116,6 +135,7 @@ def test_two_rounds_by_hand() -> None:
     """Gradients are corrected by c - c_i, and c_i becomes the mean of those that were not."""
     scaffold = Scaffold()
     scaffold.begin(with_control(w=np.array([0.0])))
+    assert scaffold.is_on
     assert [corrected(scaffold, 2.0), corrected(scaffold, 6.0)] == [2.0, 6.0]
     assert changes(scaffold) == 4.0
 
@@ -168,6 +188,7 @@ def test_under_another_recipe_it_does_nothing() -> None:
     scaffold = Scaffold()
     for received in (FLModel(), FLModel(optimizer_params={"momentum": {}})):
         scaffold.begin(received)
+        assert not scaffold.is_on
         assert corrected(scaffold, 2.0) == 2.0
         assert scaffold.finish() is None
 
