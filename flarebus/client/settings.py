@@ -40,6 +40,7 @@ class ClientSettings:
             (lists of arrays), or ``raw`` (as it comes).
         server_expected_format: what the server wants to get.
         transfer_type: FULL, or DIFF to have the received model subtracted from a full one.
+        train_with_eval: whether a train task is expected to evaluate the received model as well.
         train_task: name of the task for which `is_train` holds; `eval_task` and `submit_task` likewise.
         memory_gc_rounds: free memory after every so many sends; 0: leave it to Python.
         cuda_empty_cache: empty PyTorch's CUDA cache then as well.
@@ -48,6 +49,7 @@ class ClientSettings:
     exchange_format: ExchangeFormat
     server_expected_format: ExchangeFormat
     transfer_type: TransferType
+    train_with_eval: bool
     train_task: str
     eval_task: str
     submit_task: str
@@ -66,6 +68,7 @@ class ClientSettings:
             exchange_format=found.get_exchange_format(),
             server_expected_format=found.get_server_expected_format(),
             transfer_type=found.get_transfer_type(),
+            train_with_eval=found.get_train_with_eval(),
             train_task=found.get_train_task(),
             eval_task=found.get_eval_task(),
             submit_task=found.get_submit_model_task(),

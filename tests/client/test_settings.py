@@ -18,7 +18,15 @@ def test_silent_configuration_means_the_defaults() -> None:
     settings = ClientSettings.read({}, {})
 
     assert settings == ClientSettings(
-        ExchangeFormat.NUMPY, ExchangeFormat.NUMPY, TransferType.FULL, "train", "validate", "submit_model", 0, False
+        ExchangeFormat.NUMPY,
+        ExchangeFormat.NUMPY,
+        TransferType.FULL,
+        False,
+        "train",
+        "validate",
+        "submit_model",
+        0,
+        False,
     )
 
 
