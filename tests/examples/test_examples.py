@@ -115,10 +115,24 @@ def test_hello_tensorflow() -> None:
     assert all(not row["refused"] for row in rounds(run_dir))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hello_lightning", "hello_huggingface"])
+def test_trainers_of_other_libraries(name: str) -> None:
+    """The command of the README completes, the network has learnt the digits, and sites measured what they received."""
+    run_dir, output = run(name, commands(EXAMPLES / name / "README.md")[0])
+
+    assert said("accuracy", output) > 0.8
+    assert len(rounds(run_dir)) == 3
+    for site in ("site-1", "site-2"):
+        assert "round 2: received accuracy 0." in (run_dir / site / "log.txt").read_text()
+
+
 def test_every_example_is_run() -> None:
     """No command in a README of an example is left untested."""
     assert {readme.parent.name: len(commands(readme)) for readme in EXAMPLES.glob("*/README.md")} == {
         "custom_pipe": 4,  # in test_custom_pipe
+        "hello_huggingface": 1,
+        "hello_lightning": 1,
         "hello_numpy": 2,
         "hello_tensorflow": 1,
         "hello_torch": 3,
