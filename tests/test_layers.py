@@ -39,6 +39,7 @@ LAYERS: list[tuple[str, list[str]]] = [
     ("pipes", ["pipes"]),
     ("jobs and workflows", ["job", "workflow", "tracking"]),
     ("client", ["client"]),
+    ("tasks", ["tasks"]),
     ("site", ["site"]),
     ("server", ["server"]),
     ("recipe", ["recipe"]),

@@ -54,6 +54,7 @@ class Scaffold(FedAvg):
     def new_task(self, number: int, model: dict[str, Any]) -> Task:
         """What the sites are given: model and c."""
         task = super().new_task(number, model)
+        assert isinstance(task.model, FLModel)
         control = {SCAFFOLD_CONTROL: self._control_of(model)}
         return replace(task, model=FLModel(params=task.model.params, optimizer_params=control))
 

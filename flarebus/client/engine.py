@@ -56,6 +56,7 @@ class Assignment:
         round: its round from 0, or None outside rounds.
         total_rounds: rounds of the job, or None.
         take: makes the site's own writable model; called at most once, on the thread that receives.
+        readers: addresses whose cells may fetch the answer, where it stays in this process.
     """
 
     task_id: str
@@ -63,6 +64,7 @@ class Assignment:
     round: int | None
     total_rounds: int | None
     take: Callable[[], FLModel]
+    readers: tuple[str, ...] = ()
 
 
 class Engine(Protocol):

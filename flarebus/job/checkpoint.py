@@ -80,12 +80,16 @@ class CheckpointStore:
     def keep_best(self, params: Mapping[Any, Any]) -> None:
         """The current model, `params`, is the best so far. Only a model that is in no file yet is written."""
         if self._current is None:
-            layout = Layout(params)
-            file = self._free_file(layout)
-            layout.fill(file.arrays, params)
-            self._best = file
+            self.save_best(params)
         else:
             self._best = self._current
+
+    def save_best(self, params: Mapping[str, Any]) -> None:
+        """`params`, wherever they come from, are the best model so far."""
+        layout = Layout(params)
+        file = self._free_file(layout)
+        layout.fill(file.arrays, params)
+        self._best = file
 
     def sync(self) -> None:
         """Return when current and best model are durable, and their names lead to them."""

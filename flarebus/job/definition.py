@@ -17,6 +17,7 @@ from flarebus.job.checks import check_enum, check_keys, check_mapping, nearest
 from flarebus.job.class_ref import ClassRef
 from flarebus.job.code import CodeLayout, file_content, lay_out
 from flarebus.job.file_names import KERAS_MODEL, KERAS_SUFFIXES, stem_of, suffix_of
+from flarebus.job.filter_ref import FilterRef
 from flarebus.job.initial import load_initial, params_of
 from flarebus.job.keras_models import is_keras_model, load_keras, weights_in
 from flarebus.job.kinds import DataKind, FrameworkType
@@ -50,6 +51,8 @@ class JobDefinition:
         aggregator_data_kind: what a custom aggregator is given; None when that is left open.
         open_to_others: whether sites that are not in `sites` take part as well.
         tracking: trackers that are told what happens, at the server or at the sites.
+        output_filters: what every task goes through before it leaves the server.
+        input_filters: what every result goes through when it has come to the server.
         job_id: 32 hexadecimal digits once the job is started, "" before.
     """
 
@@ -66,6 +69,8 @@ class JobDefinition:
     aggregator_data_kind: DataKind | None = DataKind.WEIGHTS
     open_to_others: bool = False
     tracking: tuple[TrackingRef, ...] = ()
+    output_filters: tuple[FilterRef, ...] = ()
+    input_filters: tuple[FilterRef, ...] = ()
     job_id: str = ""
 
     @property
@@ -77,6 +82,12 @@ class JobDefinition:
     def best_stem(self) -> str:
         """The name of the best model's files without suffix: the same for safetensors and for the framework's own."""
         return "best_FL_global_model" if self.best_model_filename is None else stem_of(Path(self.best_model_filename))
+
+    @property
+    def sites_steer(self) -> bool:
+        """Whether sites give tasks to each other."""
+        configs = (self.site_defaults, *self.sites.values())
+        return any(ref.steers for config in configs for ref in config.executors)
 
     def site_config(self, site: str) -> SiteConfig:
         """What `site` runs."""
@@ -181,7 +192,7 @@ class JobDefinition:
     def code_layout(self) -> CodeLayout:
         """The names of the code files inside a job folder. Walks the folders of the scripts."""
         scripts = [self.site_defaults.train_script, *(self.sites[site].train_script for site in sorted(self.sites))]
-        return lay_out(self.code_dir, scripts)
+        return lay_out(self.code_dir, [script for script in scripts if script])
 
     def with_id(self, job_id: str) -> JobDefinition:
         """The same job, started under `job_id`."""
@@ -220,6 +231,8 @@ class JobDefinition:
             "aggregator_data_kind": None if kind is None else kind.value,
             "open_to_others": self.open_to_others,
             "tracking": [ref.to_json() for ref in self.tracking],
+            "output_filters": [ref.to_json() for ref in self.output_filters],
+            "input_filters": [ref.to_json() for ref in self.input_filters],
         }
 
     @classmethod
@@ -263,13 +276,15 @@ class JobDefinition:
             tracking=tuple(
                 TrackingRef.from_json(each, f"tracking[{index}]") for index, each in enumerate(data["tracking"])
             ),
+            output_filters=_filters(data, "output_filters"),
+            input_filters=_filters(data, "input_filters"),
         )
 
     def _described(self, layout: CodeLayout) -> dict[str, Any]:
         """`to_json` with names instead of places, and the aggregator as it is: what two equal jobs share."""
         data = replace(self, workflow_settings={**self.workflow_settings, "aggregator": None}).to_json()
         for config in (data["site_defaults"], *data["sites"].values()):
-            config["train_script"] = layout.scripts[config["train_script"]]
+            config["train_script"] = layout.scripts.get(config["train_script"], "")
         if self.ckpt_is_bundled and self.initial_ckpt is not None:
             data["initial_ckpt"] = (self.initial_ckpt.name, file_content(self.initial_ckpt))
         data["aggregator"] = self.workflow_settings.get("aggregator")
@@ -301,8 +316,14 @@ _JSON_KEYS: dict[str, tuple[type, ...]] = {
     "aggregator_data_kind": (str, type(None)),
     "open_to_others": (bool,),
     "tracking": (list,),
+    "output_filters": (list,),
+    "input_filters": (list,),
 }
 _WORDS = {str: "a string", dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
+
+
+def _filters(data: Mapping[str, Any], name: str) -> tuple[FilterRef, ...]:
+    return tuple(FilterRef.from_json(each, f"{name}[{index}]") for index, each in enumerate(data[name]))
 
 
 def _check_fit(loaded: Mapping[str, Any], params: Mapping[str, Any], ckpt: Path) -> None:

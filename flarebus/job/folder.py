@@ -83,7 +83,7 @@ def _fill(job: JobDefinition, folder: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
     for config in (data["site_defaults"], *data["sites"].values()):
-        config["train_script"] = layout.scripts[config["train_script"]]
+        config["train_script"] = layout.scripts.get(config["train_script"], "")
     if data["model"] == "params":
         save_params(params_of(job.model), folder / _MODEL)
     if job.ckpt_is_bundled and job.initial_ckpt is not None:
@@ -156,6 +156,8 @@ def _load_model(path: Path) -> dict[Any, Any]:
 
 
 def _placed(config: SiteConfig, code_dir: Path, parameter: str) -> SiteConfig:
+    if not config.train_script:
+        return config
     script = _inside(code_dir, config.train_script, f"{parameter}['train_script']")
     return replace(config, train_script=str(script))
 

@@ -12,6 +12,7 @@ from typing import Any
 from flarebus.errors import ConfigError
 from flarebus.job.checks import check_args, check_enum, check_flag, check_int, check_keys, check_number, check_text
 from flarebus.job.client_keys import check_beats, check_overrides
+from flarebus.job.executor_ref import ExecutorRef
 from flarebus.job.filter_ref import FilterRef
 from flarebus.job.kinds import ExchangeFormat, FrameworkType, TransferType
 
@@ -29,7 +30,8 @@ class SiteConfig:
     """What one site runs, and how it answers. Values are checked and brought into the form below.
 
     Args:
-        train_script: absolute path of the training script; its own folder comes first in the script's imports.
+        train_script: absolute path of the training script; its own folder comes first in the script's imports. "" where
+            executors do all the work.
         train_args: the script's arguments in one string, split as a shell would.
         framework: what the script is written with.
         server_expected_format: what parameters are on their way to the server.
@@ -47,12 +49,13 @@ class SiteConfig:
             fields here, too, go into the fields.
         input_filters: what every received model goes through, in order, before the script sees it.
         output_filters: what every answer goes through, in order, before it leaves the site.
+        executors: what does tasks that are not for the script.
 
     Raises:
         ConfigError: a value is wrong, or does not go with another one; names the field.
     """
 
-    train_script: str
+    train_script: str = ""
     train_args: str = ""
     framework: FrameworkType = FrameworkType.PYTORCH
     server_expected_format: ExchangeFormat = ExchangeFormat.NUMPY
@@ -68,13 +71,14 @@ class SiteConfig:
     client_config: Mapping[str, Any] = field(default_factory=dict)
     input_filters: tuple[FilterRef, ...] = ()
     output_filters: tuple[FilterRef, ...] = ()
+    executors: tuple[ExecutorRef, ...] = ()
 
     def __post_init__(self) -> None:
         overrides = _overrides(self.client_config)
         given = {each.name: getattr(self, each.name) for each in fields(self)}
         given |= {name: overrides.pop(name) for name in _AS_FIELDS if name in overrides}
         checked = {
-            "train_script": check_text("train_script", given["train_script"]),
+            "train_script": _check_script(given["train_script"], given["executors"]),
             "train_args": check_args("train_args", given["train_args"]),
             "framework": check_enum("framework", given["framework"], FrameworkType),
             "server_expected_format": check_enum(
@@ -94,6 +98,7 @@ class SiteConfig:
             "client_config": overrides,
             "input_filters": _check_filters("input_filters", given["input_filters"]),
             "output_filters": _check_filters("output_filters", given["output_filters"]),
+            "executors": tuple(given["executors"]),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)  # frozen for everybody else
@@ -147,6 +152,10 @@ class SiteConfig:
         """The same with one more filter between an answer and the way out."""
         return replace(self, output_filters=(*self.output_filters, ref))
 
+    def with_executor(self, ref: ExecutorRef) -> SiteConfig:
+        """The same with one more executor; it comes before the others where both take a task."""
+        return replace(self, executors=(ref, *self.executors))
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; goes into a job folder and over the bus to a worker."""
         values: dict[str, Any] = {}
@@ -154,7 +163,7 @@ class SiteConfig:
             if isinstance(value, Enum):
                 values[name] = value.value
             elif isinstance(value, tuple):
-                values[name] = [each.to_json() if isinstance(each, FilterRef) else each for each in value]
+                values[name] = [each.to_json() if isinstance(each, FilterRef | ExecutorRef) else each for each in value]
             else:
                 values[name] = copy.deepcopy(value)
         return values
@@ -168,12 +177,12 @@ class SiteConfig:
         """
         check_keys(data, [each.name for each in fields(cls)], ["train_script"], parameter)
         given = dict(data)
-        for name in ("input_filters", "output_filters"):
+        for name, kind in (("input_filters", FilterRef), ("output_filters", FilterRef), ("executors", ExecutorRef)):
             place = f"{parameter}[{name!r}]"
             found = given.get(name, [])
             if not isinstance(found, list):
-                raise ConfigError(place, found, "a list of filters")
-            given[name] = [FilterRef.from_json(each, f"{place}[{index}]") for index, each in enumerate(found)]
+                raise ConfigError(place, found, "a list of descriptions")
+            given[name] = [kind.from_json(each, f"{place}[{index}]") for index, each in enumerate(found)]
         try:
             return cls(**given)
         except ConfigError as error:
@@ -188,6 +197,10 @@ def _overrides(client_config: object) -> dict[str, Any]:
     interval, timeout = found.get("heartbeat_interval"), found.get("heartbeat_timeout")
     check_beats("client_config['heartbeat_interval']", interval, timeout)
     return found
+
+
+def _check_script(value: object, executors: object) -> str:
+    return "" if value == "" and executors else check_text("train_script", value)
 
 
 def _check_filters(parameter: str, value: object) -> tuple[FilterRef, ...]:

@@ -16,8 +16,9 @@ from flarebus.job.definition import JobDefinition
 from flarebus.job.filter_ref import FilterRef, check_tasks
 from flarebus.job.folder import read_job, write_job
 from flarebus.job.site_config import SiteConfig
+from flarebus.recipe.described import check_filter
 from flarebus.recipe.env import ExecEnv
-from flarebus.recipe.filters import check_filter
+from flarebus.recipe.executors import check_executor
 from flarebus.recipe.run import Run
 from flarebus.recipe.validate import check_clients, check_site_name
 from flarebus.tracking.loading import check_tracking
@@ -152,6 +153,35 @@ class Recipe(ABC):
         """Let every answer go through a filter before it leaves the site; as `add_client_input_filter`."""
         self._add_filter(SiteConfig.with_output_filter, filter, tasks, clients)
 
+    def add_server_output_filter(self, filter: Any, tasks: Sequence[str] | None = None) -> None:
+        """Let every model go through a filter before it leaves the server; as `add_client_input_filter`."""
+        ref = FilterRef(check_filter(filter, self._definition.code_dir), check_tasks("tasks", tasks))
+        filters = (*self._definition.output_filters, ref)
+        self._definition = replace(self._definition, output_filters=filters)
+
+    def add_server_input_filter(self, filter: Any, tasks: Sequence[str] | None = None) -> None:
+        """Let every result go through a filter when it has come to the server; as `add_client_input_filter`."""
+        ref = FilterRef(check_filter(filter, self._definition.code_dir), check_tasks("tasks", tasks))
+        filters = (*self._definition.input_filters, ref)
+        self._definition = replace(self._definition, input_filters=filters)
+
+    def add_executor(self, executor: Any, tasks: Sequence[str], clients: Sequence[str] | None = None) -> None:
+        """Let tasks of some names be done at the site by a class, not by the training script.
+
+        Args:
+            executor: an `Executor`, or a `SiteController`, which may give tasks to other sites; described as a filter
+                in `add_client_input_filter`.
+            tasks: their names, or patterns such as `swarm_*`.
+            clients: at these sites only; None for all.
+
+        Raises:
+            ConfigError: it cannot be described or loaded, is neither, or a site has no part in the job.
+        """
+        ref = check_executor(executor, tasks, self._definition.code_dir)
+        self._definition = self._definition.with_sites_changed(
+            lambda site: site.with_executor(ref), check_clients(clients)
+        )
+
     def _add_filter(
         self, add: Callable[[SiteConfig, FilterRef], SiteConfig], filter: Any, tasks: object, clients: object
     ) -> None:
@@ -241,13 +271,13 @@ def _export_target(arguments: Sequence[str]) -> str | None:
 
 
 # What `add_...` calls change in the configuration of a site, besides what a parameter of the recipe sets as well.
-_ADDED = ("client_config", "input_filters", "output_filters")
+_ADDED = ("client_config", "input_filters", "output_filters", "executors")
 _ADDED_TO_SOME = (*_ADDED, "launch_timeout", "memory_gc_rounds", "cuda_empty_cache")
 
 
 def _with_additions(made: JobDefinition, job: JobDefinition) -> JobDefinition:
     """The job that the parameters of `job` make, with what was added to it later."""
-    made = replace(made, tracking=job.tracking)
+    made = replace(made, tracking=job.tracking, output_filters=job.output_filters, input_filters=job.input_filters)
     for ref in job.tracking:
         check_tracking(ref)
     defaults = _taken_over(made.site_defaults, job.site_defaults, _ADDED)

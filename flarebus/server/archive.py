@@ -8,7 +8,7 @@ the pages it wrote are not written again before it is done.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -95,6 +95,31 @@ class Archive:
         self._params = params
         self.last_round_facts = {"seconds": record["seconds"], "model_path": str(path)}
         self._committing = self._committer.submit(self._make_durable, record, path)
+
+    def note_round(self, number: int, metrics: Mapping[str, Any], sites: Sequence[str]) -> None:
+        """A round was committed elsewhere: keep a line about it."""
+        now = time.monotonic()
+        record = {
+            "round": number,
+            "metrics": dict(metrics),
+            "sites": {},
+            "accepted": sorted(sites),
+            "refused": {},
+            "seconds": round(now - self._began, 6),
+        }
+        self._began = now
+        self.last_round_facts = {"seconds": record["seconds"]}
+        append_metrics(self._folder / "metrics.jsonl", record)
+
+    def keep(self, params: dict[str, Any], best: bool) -> None:
+        """Keep a model that was made elsewhere, as the last one or as the best; durable when this returns."""
+        self._finish_commit()
+        if best:
+            self._store.save_best(params)
+        else:
+            self._store.finish(params)
+            self._params = params
+        self._store.sync()
 
     def site_records(self, records: list[dict[str, Any]]) -> None:
         """Keep metric records that sites sent; a disk that does not take them costs records, never the job."""

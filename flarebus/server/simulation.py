@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from flarebus.server.pool import HostEnd, WorkerPool, share_cores, spread
 from flarebus.server.socket_folder import SocketFolder
 from flarebus.server.tracking import JobTracking
 from flarebus.site.host import HostedSite, SiteHost
+from flarebus.site.job import JobFacts
 from flarebus.site.trainer import CONFIG_FILE
 from flarebus.tracking.group import FLUSH_S, TrackingPlan
 from flarebus.tracking.loading import check_installed
@@ -308,8 +310,7 @@ class Simulation:
             endpoint, _, trainer_keys = self._listen(stack, router)
         host = SiteHost(
             cell,
-            server,
-            self._job.job_id,
+            self._facts(server),
             sites,
             LogConfig.parse(self._log_config),
             console=True,
@@ -352,8 +353,7 @@ class Simulation:
             "aliases": self._aliases(sites),
             "endpoint": endpoint,
             "keys": keys,
-            "server": server,
-            "job_id": self._job.job_id,
+            "job": asdict(self._facts(server)),
             "log_config": self._log_config,
             "tracking": self._site_tracking.to_json(),
             "sites": [
@@ -361,6 +361,10 @@ class Simulation:
                 for site in self._hosted(sites)
             ],
         }
+
+    def _facts(self, server: str) -> JobFacts:
+        job = self._job
+        return JobFacts(job.name, job.job_id, server, job.best_stem, str(job.code_dir))
 
     def _aliases(self, sites: Sequence[str]) -> list[str]:
         return [f"{site}.{self._job.job_id}" for site in sites]

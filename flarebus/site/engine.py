@@ -10,17 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from flarebus.cell import Cell
+from flarebus.cell import Cell, Payload
 from flarebus.client.engine import Assignment
 from flarebus.client.metrics import MetricOutbox
-from flarebus.codec import decode
+from flarebus.codec import decode, encode
 from flarebus.delivery import Delivery
 from flarebus.errors import FlarebusError
 from flarebus.message import Buffer
 from flarebus.metric import AnalyticsDataType
 from flarebus.model import FLModel
+from flarebus.pending import Pending
 from flarebus.site.outbox import ResultOutbox
-from flarebus.slab import unbundle
+from flarebus.site.ticket import Kept, Ticket
+from flarebus.slab import SlabPool, unbundle
 from flarebus.wire import bundle
 from flarebus.workflow.filter import FilterChain, FilterTask
 
@@ -89,9 +91,8 @@ class SiteEngine:
         job_id: the job it works for.
         config: client configuration without secrets.
         cell: the host's cell.
-        server: address of the server job.
         metrics: where metric records go.
-        results: where small results go.
+        results: where small results for the server go.
         note: writes a line about the site into its log.
         filters: what tasks go through before the script sees them, and answers before they leave.
     """
@@ -102,7 +103,6 @@ class SiteEngine:
         job_id: str,
         config: Mapping[str, Any],
         cell: Cell,
-        server: str,
         metrics: MetricOutbox,
         results: ResultOutbox,
         note: Callable[[str], None],
@@ -114,7 +114,6 @@ class SiteEngine:
         self.ended: str | None = None
         self.is_follower = False
         self._cell = cell
-        self._server = server
         self._metrics = metrics
         self._results = results
         self._log_note = note
@@ -123,21 +122,25 @@ class SiteEngine:
         """Where threads of the script line up for its turn; None: they need none."""
         self._lock = threading.Lock()
         self._gates: deque[threading.Lock] = deque()
-        self._waiting: tuple[Assignment, SharedModel] | None = None
+        self._waiting: tuple[Assignment, SharedModel, Ticket] | None = None
         self._open: Assignment | None = None
-        self._unwanted = -1
+        self._ticket = Ticket("", -1)
+        """Of the open task; another one may take its place while the script works."""
+        self._unwanted: tuple[str, int] | None = None
+        self._pool = SlabPool()
+        self._kept: Kept | None = None
 
     # -- the Engine protocol --
 
     def next_task(self, timeout: float | None) -> Assignment | None:
         """Wait for the next task; see `Engine`."""
         if self._open is not None:
-            self._fail(self._open, "the script asked for its next task without answering this one")
+            self._fail(self._ticket, "the script asked for its next task without answering this one")
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             with self._lock:
                 if self._waiting is not None:
-                    self._open, _ = self._waiting
+                    self._open, _, self._ticket = self._waiting
                     self._waiting = None
                     return self._open
                 if self.ended is not None or (deadline is not None and time.monotonic() >= deadline):
@@ -161,24 +164,26 @@ class SiteEngine:
 
     def still_wanted(self, assignment: Assignment) -> bool:
         """Whether the task was not cancelled; see `Engine`."""
-        if int(assignment.task_id) != self._unwanted:
+        if self._unwanted is None or self._ticket.key != self._unwanted:
             return True
         self._open = None
         return False
 
     def answer(self, assignment: Assignment, result: FLModel) -> Callable[[], None] | None:
-        """Send the result; there is nothing to wait for if all of it fits into the message."""
+        """Send the result; there is nothing to wait for if all of it fits into the message, or the site keeps it."""
         filters = self._output_filters.for_task(assignment.task_name)
         if filters:
             result = filters.apply(result, FilterTask(assignment.task_name, assignment.round, self.site_name))
-        payload = self._cell.share(result, (self._server,))
-        number = int(assignment.task_id)
-        if self._results.takes(payload):
+        if self._ticket.readers:
+            self._keep(assignment, result)
+            return None
+        ticket = self._ticket
+        payload = self._cell.share(result, (ticket.target,))
+        if self._results.takes(payload, ticket):
             # It was copied into the payload; what becomes of it is for the log.
-            self._results.put(self.site_name, number, payload, self._log_note)
+            self._results.put(self.site_name, ticket.number, payload, self._log_note)
             self._open = None
             return None
-        fields = {"site": self.site_name, "number": number, "error": None, "model": payload.body}
         credit = self._results.credit
         bring = credit.take(payload.nbytes)
 
@@ -188,7 +193,7 @@ class SiteEngine:
             self._cell.withdraw(payload, wait)
 
         try:
-            sent = self._cell.request(self._server, "task", "result", fields, payload=payload, bring=bring)
+            sent = self._send(ticket, payload, bring)
         except BaseException:
             settle(wait=True)
             raise
@@ -206,6 +211,31 @@ class SiteEngine:
 
         return wait
 
+    def _keep(self, assignment: Assignment, result: FLModel) -> None:
+        """Answer from a copy, which stays here: whoever steers may die with what it has gathered."""
+        self._kept = None  # its memory is used again
+        kept = Kept((assignment.task_name, assignment.round), *encode(result), self._pool)
+        with self._lock:
+            ticket, self._open, self._kept = self._ticket, None, kept
+        self._send_kept(kept, ticket)
+
+    def _send_kept(self, kept: Kept, ticket: Ticket) -> None:
+        payload = self._cell.share_encoded(kept.body, kept.buffers, ticket.readers)
+
+        def settled(sent: Pending[Delivery]) -> None:
+            self._cell.withdraw(payload, wait=False)
+            error = sent.error()
+            if error is None:
+                self._note_reply(sent.result())
+            else:
+                self._log_note(f"result not delivered to {ticket.owner or 'the server'}: {error}")
+
+        self._send(ticket, payload).on_done(settled)
+
+    def _send(self, ticket: Ticket, payload: Payload, bring: bool = False) -> Pending[Delivery]:
+        fields = ticket.result(self.site_name, payload.body)
+        return self._cell.request(ticket.target, "task", "result", fields, payload=payload, bring=bring)
+
     def log(self, key: str, value: Any, data_type: AnalyticsDataType, **kwargs: Any) -> None:
         """Hand over one metric record."""
         open_task = self._open
@@ -218,7 +248,7 @@ class SiteEngine:
         """Whether a task waits for the script."""
         return self._waiting is not None
 
-    def assign(self, assignment: Assignment, model: SharedModel) -> None:
+    def assign(self, assignment: Assignment, model: SharedModel, ticket: Ticket) -> None:
         """A task came. It replaces any that was not fetched yet."""
         filters = self._input_filters.for_task(assignment.task_name)
         if filters:
@@ -229,15 +259,32 @@ class SiteEngine:
             if self.ended is not None:
                 model.drop()
                 return
-            self._waiting = assignment, model
+            self._waiting = assignment, model, ticket
             gates = [self._gates.popleft()] if self._gates else []
         self._open_gates(gates)
 
-    def cancel(self, number: int) -> None:
-        """Task `number` is not wanted any more: if the script has not seen it, it never will."""
-        self._unwanted = number
+    def resume(self, name: str, round: int, ticket: Ticket) -> bool:
+        """Let the answer to a task that came before be that to `ticket`, too; False if there will be none."""
+        task = (name, round)
         with self._lock:
-            if self._waiting is not None and self._waiting[0].task_id == str(number):
+            kept = None
+            if self._open is not None and (self._open.task_name, self._open.round) == task:
+                self._ticket = ticket
+            elif self._waiting is not None and (self._waiting[0].task_name, self._waiting[0].round) == task:
+                self._waiting = (*self._waiting[:2], ticket)
+            elif self._kept is not None and self._kept.task == task:
+                kept = self._kept
+            else:
+                return False
+        if kept is not None:
+            self._send_kept(kept, ticket)
+        return True
+
+    def cancel(self, key: tuple[str, int]) -> None:
+        """The task whose ticket has `key` is not wanted any more: if the script has not seen it, it never will."""
+        self._unwanted = key
+        with self._lock:
+            if self._waiting is not None and self._waiting[2].key == key:
                 self._discard()
 
     def end(self, reason: str) -> None:
@@ -263,26 +310,25 @@ class SiteEngine:
             has_received: whether it fetched a task. One that waits is then for the next run, whatever became of this.
         """
         if self._open is not None:
-            self._fail(self._open, cause or "the script ended without answering its task")
+            self._fail(self._ticket, cause or "the script ended without answering its task")
         elif cause and not has_received:
             with self._lock:
                 unfit = self._waiting
                 self._discard()
             if unfit is not None:
-                self._fail(unfit[0], cause)
+                self._fail(unfit[2], cause)
 
     def _discard(self) -> None:
         if self._waiting is not None:
             self._waiting[1].drop()
             self._waiting = None
 
-    def _fail(self, task: Assignment, reason: str) -> None:
+    def _fail(self, ticket: Ticket, reason: str) -> None:
         self._open = None
         if self.ended is not None:
             return
-        fields = {"site": self.site_name, "number": int(task.task_id), "error": reason, "model": b""}
         try:
-            self._cell.request(self._server, "task", "result", fields)
+            self._cell.request(ticket.target, "task", "result", ticket.result(self.site_name, b"", reason))
         except FlarebusError as error:
             self._log_note(f"failure not reported: {error}")
 
@@ -292,5 +338,5 @@ class SiteEngine:
             self.note_refused(answer["reason"])
 
     def note_refused(self, reason: str) -> None:
-        """The server did not use a result."""
+        """A result was not used."""
         self._log_note(f"the server did not use the result: {reason}")

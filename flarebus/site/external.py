@@ -17,20 +17,20 @@ from typing import Any
 
 from flarebus.cell import Payload
 from flarebus.client.config import ClientConfig
-from flarebus.client.ex_process.words import CANCEL, LEFT, RESULT, TASK, pack, unpack
+from flarebus.client.ex_process.words import CANCEL, LEFT, RESULT, pack, unpack
 from flarebus.delivery import Delivery
-from flarebus.errors import DecodeError, FlarebusError, SourceLost
+from flarebus.errors import DecodeError, FlarebusError, NoRoute, SourceLost
 from flarebus.job.site_config import SiteConfig
 from flarebus.message import Buffer
 from flarebus.pending import Pending
 from flarebus.pipes import Message, Topic
+from flarebus.site.handout import HandOut
 from flarebus.site.launcher import TrainerExit
 from flarebus.site.output import SiteLogs
 from flarebus.site.relay_filters import RelayFilters
 from flarebus.site.trainer import CONFIG_FILE, Ground, Process, Trainer
 from flarebus.site.upstream import Upstream
 from flarebus.site.work import Work, cause_of, real_error
-from flarebus.slab import unbundle
 from flarebus.workflow.filter import FilterChain
 
 __all__ = ["ExternalSite"]
@@ -82,12 +82,14 @@ class ExternalSite:
         self._client_config = client_config
         self._filters = RelayFilters(site, *filters)
         self._ground = ground
-        self._upstream = Upstream(ground.cell, ground.server, ground.job_id, site)
+        self._upstream = Upstream(ground.cell, ground.job_id, site)
         self._logs = logs
         self._run_inside = run_inside
         self._clock = clock
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._handout = HandOut(self, self._events.put, self._filters, self._upstream)
         self._work: Work | None = None
+        self._number = -1
         # One at a time: the next one begins when this one has left.
         self._life: Trainer | None = None
         self._is_leaving = False
@@ -112,9 +114,9 @@ class ExternalSite:
         """A task came; returns at once."""
         self._events.put(lambda: self._assigned(work))
 
-    def cancel(self, number: int) -> None:
-        """Task `number` is not wanted any more."""
-        self._events.put(lambda: self._cancelled(number))
+    def cancel(self, key: tuple[str, int]) -> None:
+        """The task whose ticket has `key` is not wanted any more."""
+        self._events.put(lambda: self._cancelled(key))
 
     def end(self, reason: str, aborted: bool = False) -> None:
         """No more work: the trainer is told, and leaves; soon, if the job was aborted. Returns at once."""
@@ -129,26 +131,8 @@ class ExternalSite:
         """How long the trainer may take to leave by itself."""
         return self._config.shutdown_timeout or LEAVE_S
 
-    # -- events of a life, from its threads --
-
-    def said(self, life: Trainer, rank: int, message: Message) -> None:
-        """See `TrainerWatcher`."""
-        self._events.put(lambda: self._said(life, rank, message))
-
-    def ready(self, life: Trainer, rank: int) -> None:
-        """See `TrainerWatcher`."""
-        self._events.put(lambda: self._ready(life, rank))
-
-    def lost(self, life: Trainer, rank: int, topic: str, reason: str) -> None:
-        """See `TrainerWatcher`."""
-        self._events.put(lambda: self._lost(life, rank, topic, reason))
-
-    def exited(self, life: Trainer, end: TrainerExit) -> None:
-        """See `TrainerWatcher`."""
-        self._events.put(lambda: self._exited(life, end))
-
     def line(self, stream: str, text: str) -> None:
-        """See `TrainerWatcher`."""
+        """See `TrainerWatcher`; on any thread."""
         self._logs.line(self.site, stream, text)
 
     # -- on this site's thread from here on --
@@ -172,29 +156,38 @@ class ExternalSite:
         try:
             event()
         except FlarebusError as error:
-            self._fail(str(error))
+            self.fail(str(error))
         except Exception as error:
             # The thread serves the site for the whole job; what went wrong is the answer to its task.
             log.exception("%s: an event of its trainer failed", self.site)
-            self._fail(f"{type(error).__name__}: {error}")
+            self.fail(f"{type(error).__name__}: {error}")
 
     def _begin_life(self) -> None:
         if self._ended is not None or self._life is not None:
             return
         config = self._config
         try:
-            life = Trainer(self.site, self._folder, config, self._client_config, self._ground, self, self._run_inside)
+            life = Trainer(
+                self.site,
+                self._folder,
+                config,
+                self._client_config,
+                self._ground,
+                self,
+                self._events.put,
+                self._run_inside,
+            )
             life.begin()
         except (FlarebusError, OSError) as error:
             self._stillborn = f"its trainer could not be started: {error}"
-            self._logs.note(self.site, "ERROR", self._stillborn)
+            self.note("ERROR", self._stillborn)
             self._fail_stillborn()
             return
         self._life, self._is_leaving = life, False
         if self._work is not None:
             self._work.given.clear()
         if config.attach:
-            self._logs.note(self.site, "INFO", f"waiting for a trainer with {self._folder / CONFIG_FILE}")
+            self.note("INFO", f"waiting for a trainer with {self._folder / CONFIG_FILE}")
         if self._work is not None or not config.attach:
             self._expect()
 
@@ -205,7 +198,8 @@ class ExternalSite:
             what = "no trainer was attached" if self._config.attach else "its trainer did not call flare.init()"
             self._wait(limit_s, lambda: self._give_life_up(f"{what} within {limit_s:g} s"))
 
-    def _ready(self, life: Trainer, rank: int) -> None:
+    def ready(self, life: Trainer, rank: int) -> None:
+        """See `TrainerWatcher`."""
         if life is not self._life:
             return
         if self._ended is not None:  # it came too late
@@ -215,13 +209,15 @@ class ExternalSite:
             self._patience = None
             life.open_others()
         if self._work is not None and self._work.result is None:
-            self._hand_out(self._work, [rank])
+            self._handout.give(life, self._work, [rank])
 
     def _assigned(self, work: Work) -> None:
-        if self._ended is not None:
+        if self._ended is not None or self._resumed(work):
             return
         self._close_work()
         self._work = work
+        # Also where several give tasks, each with numbers of its own.
+        work.number = self._number = max(self._number + 1, work.ticket.number)
         if self._stillborn:
             self._fail_stillborn()
         elif (life := self._life) is None:
@@ -230,84 +226,33 @@ class ExternalSite:
             if self._patience is None:
                 self._wait(self.leave_s, lambda: life.end(HUNG_S))
         elif life.ranks:
-            self._hand_out(work, list(life.ranks))
+            self._handout.give(life, work, list(life.ranks))
         elif self._patience is None:
             self._expect()
 
-    def _hand_out(self, work: Work, ranks: Sequence[int]) -> None:
-        """Give the task to ranks of the trainer; arrays stay where they are unless somebody wants to see them."""
-        life = self._life
-        assert life is not None
-        ranks = [rank for rank in ranks if rank not in work.given]
-        work.given.update(ranks)
-        if not ranks:
+    def _resumed(self, work: Work) -> bool:
+        """Whether the answer to the open task will be that to `work`, which is the same for somebody else."""
+        open_work = self._work
+        if open_work is None or not work.resumes(open_work):
+            return False
+        open_work.ticket = work.ticket
+        if open_work.unsent is not None:
+            (life, body, payload), open_work.unsent = open_work.unsent, None
+            self._forward(life, open_work, body, payload)
+        return True
+
+    def is_open(self, life: Trainer, work: Work) -> bool:
+        """See `HandOutOwner`."""
+        return life is self._life and work is self._work
+
+    def note(self, level: str, text: str) -> None:
+        """See `HandOutOwner`."""
+        self._logs.note(self.site, level, text)
+
+    def _cancelled(self, key: tuple[str, int]) -> None:
+        if self._work is None or self._work.ticket.key != key:
             return
-        if work.filtered is not None:
-            self._give_own(work, ranks, *work.filtered)
-            return
-        manifest = work.delivery.message.manifest
-        body = self._filters.task_body(work)
-        if body is not None and (life.passes_manifests or manifest is None):
-            bundle = work.delivery.message.bundle
-            self._give(work, ranks, body, () if bundle is None else unbundle(bundle), manifest)
-            return
-        if body is None and manifest is not None:
-            self._logs.note(self.site, "INFO", "a filter looks at the model: it is fetched here first")
-
-        def pulled(arrived: Pending[Sequence[Buffer]]) -> None:
-            self._events.put(lambda: self._pulled(life, work, ranks, body, arrived))
-
-        work.delivery.pull(order=True).on_done(pulled)
-
-    def _pulled(
-        self,
-        life: Trainer,
-        work: Work,
-        ranks: Sequence[int],
-        body: bytes | None,
-        arrived: Pending[Sequence[Buffer]],
-    ) -> None:
-        if life is not self._life or work is not self._work:
-            return
-        try:
-            buffers = arrived.result()
-            if body is None:
-                body, buffers = self._filters.filter_task(work, buffers)
-        except (FlarebusError, MemoryError, OSError) as error:
-            self._fail(f"could not take the task: {error}")
-            return
-        self._give_own(work, ranks, body, buffers)
-
-    def _give_own(self, work: Work, ranks: Sequence[int], body: bytes, buffers: Sequence[Buffer]) -> None:
-        """Give the task with arrays that are here. A trainer that fetches arrays does so after it has the message, so
-        they stay on offer until the task is closed."""
-        assert self._life is not None
-        if not self._life.passes_manifests:
-            self._give(work, ranks, body, buffers, None)
-            return
-        offer = self._upstream.offer_task(work, buffers)
-        self._give(work, ranks, body, () if offer.bundle is None else unbundle(offer.bundle), offer.manifest)
-
-    def _give(self, work: Work, ranks: Sequence[int], body: bytes, buffers: Sequence[Buffer], manifest: Any) -> None:
-        life = self._life
-        assert life is not None
-        fields = pack(number=work.number, model=body, **work.fields)
-
-        def done(sent: Pending[bool]) -> None:
-            error = real_error(sent)
-            if error is not None:
-                self._events.put(lambda: self._not_given(life, work, error))
-
-        for rank in ranks:
-            life.send(rank, Message(TASK, fields, buffers, manifest=manifest)).on_done(done)
-
-    def _not_given(self, life: Trainer, work: Work, error: BaseException) -> None:
-        if life is self._life and work is self._work:
-            self._fail(f"the task could not be handed to its trainer: {error}")
-
-    def _cancelled(self, number: int) -> None:
-        if self._work is None or self._work.number != number:
-            return
+        number = self._work.number
         self._close_work()
         life = self._life
         if life is not None and life.ranks:
@@ -317,7 +262,8 @@ class ExternalSite:
 
     # -- results --
 
-    def _said(self, life: Trainer, rank: int, message: Message) -> None:
+    def said(self, life: Trainer, rank: int, message: Message) -> None:
+        """See `TrainerWatcher`."""
         if message.topic == LEFT and rank == 0:
             life.holds = unpack(message.body, number=int)["number"]
             return
@@ -338,7 +284,7 @@ class ExternalSite:
             return
         if fields["error"] is not None:
             self._answer(life, message, "")
-            self._fail(fields["error"])
+            self.fail(fields["error"])
             self._let_go_after_one(life)
             return
         work.result = message
@@ -349,7 +295,7 @@ class ExternalSite:
             return
         if body is None:
             if message.manifest is not None:
-                self._logs.note(self.site, "INFO", "a filter looks at the result: it is fetched here first")
+                self.note("INFO", "a filter looks at the result: it is fetched here first")
 
             def pulled(arrived: Pending[Sequence[Buffer]]) -> None:
                 self._events.put(lambda: self._filter_result(life, work, fields["model"], arrived))
@@ -359,7 +305,7 @@ class ExternalSite:
         if message.manifest is not None:
             self._forward(life, work, body, Payload(b"", None, message.manifest))
         else:
-            self._forward(life, work, body, self._upstream.share_result(message.buffers))
+            self._forward(life, work, body, self._upstream.share_result(work, message.buffers))
 
     def _filter_result(self, life: Trainer, work: Work, body: bytes, arrived: Pending[Sequence[Buffer]]) -> None:
         if work is not self._work or work.result is None:
@@ -372,7 +318,7 @@ class ExternalSite:
         except (FlarebusError, MemoryError, OSError) as error:
             self._refuse_result(life, work.result, error)
             return
-        self._forward(life, work, body, self._upstream.share_result(buffers))
+        self._forward(life, work, body, self._upstream.share_result(work, buffers))
 
     def _answer(self, life: Trainer, message: Message, refused: str) -> None:
         """Say what became of a result; a trainer that cannot be told would wait for it."""
@@ -397,19 +343,22 @@ class ExternalSite:
     def _refuse_result(self, life: Trainer, message: Message, error: Exception) -> None:
         """A result that a filter failed on does not leave the site."""
         self._fail_result(life, message, error)
-        self._fail(f"its result was not sent: {error}")
+        self.fail(f"its result was not sent: {error}")
 
     def _forward(self, life: Trainer, work: Work, body: bytes, payload: Payload) -> None:
         def settled(answer: Pending[Delivery]) -> None:
-            self._events.put(lambda: self._settled(life, work, answer))
+            self._events.put(lambda: self._settled(life, work, body, payload, answer))
 
         self._upstream.send_result(work, body, payload, settled)
 
-    def _settled(self, life: Trainer, work: Work, answer: Pending[Delivery]) -> None:
-        """The server has the result whole, or will not have it."""
+    def _settled(self, life: Trainer, work: Work, body: bytes, payload: Payload, answer: Pending[Delivery]) -> None:
+        """Whoever steers has the result whole, or will not have it."""
         error = answer.error()
         message = work.result
         assert message is not None
+        if isinstance(error, NoRoute) and work is self._work and work.ticket.readers:
+            work.unsent = life, body, payload  # another site may take the round over
+            return
         if isinstance(error, SourceLost) and work is self._work:
             self._not_taken(life, work, error)
             return
@@ -420,7 +369,7 @@ class ExternalSite:
             return
         verdict = answer.result().plain()
         if not verdict["accepted"]:
-            self._logs.note(self.site, "WARNING", f"the server did not use the result: {verdict['reason']}")
+            self.note("WARNING", f"the server did not use the result: {verdict['reason']}")
         self._answer(life, message, "" if verdict["accepted"] else verdict["reason"])
         self._let_go_after_one(life)
 
@@ -441,7 +390,8 @@ class ExternalSite:
 
     # -- the end of lives --
 
-    def _lost(self, life: Trainer, rank: int, topic: str, reason: str) -> None:
+    def lost(self, life: Trainer, rank: int, topic: str, reason: str) -> None:
+        """See `TrainerWatcher`."""
         if life is not self._life:
             return
         if self._ended is not None:
@@ -483,11 +433,12 @@ class ExternalSite:
             if self._work is not None:
                 self._wait(self.leave_s, lambda: life.end(HUNG_S))
 
-    def _exited(self, life: Trainer, end: TrainerExit) -> None:
+    def exited(self, life: Trainer, end: TrainerExit) -> None:
+        """See `TrainerWatcher`."""
         if life is not self._life:
             return
         described = end.describe()
-        self._logs.note(self.site, "INFO" if end.code == 0 or end.was_ended else "ERROR", described)
+        self.note("INFO" if end.code == 0 or end.was_ended else "ERROR", described)
         if self._ended is not None:
             self._finish()
             return
@@ -508,7 +459,7 @@ class ExternalSite:
         elif not (was_killed or work.spared or life.took(work.number)):
             work.spared = True
             if life.lost:
-                self._logs.note(self.site, "WARNING", f"{cause}; it is started again for the same task")
+                self.note("WARNING", f"{cause}; it is started again for the same task")
             self._begin_life()
         else:
             self._try_again(cause, was_killed)
@@ -519,9 +470,9 @@ class ExternalSite:
         assert work is not None
         work.lives += 1
         if not was_killed or work.lives >= MAX_LIVES:
-            self._fail(cause if work.lives < MAX_LIVES else f"{cause}, {work.lives} times")
+            self.fail(cause if work.lives < MAX_LIVES else f"{cause}, {work.lives} times")
             return
-        self._logs.note(self.site, "WARNING", f"{cause}; it is started again for the same task")
+        self.note("WARNING", f"{cause}; it is started again for the same task")
         if not self._config.attach:
             self._begin_life()
 
@@ -530,14 +481,14 @@ class ExternalSite:
 
     def _give_life_up(self, cause: str) -> None:
         """This life will not answer any more."""
-        self._logs.note(self.site, "ERROR", cause)
+        self.note("ERROR", cause)
         life = self._life
         if life is not None and not self._config.attach:
             if self._work is None and not life.has_come:
                 self._stillborn = cause
             self._is_leaving = True
             life.end(HUNG_S)
-        self._fail(cause)
+        self.fail(cause)
 
     def _let_go(self, life: Trainer, reason: str) -> None:
         """Tell a trainer that there is nothing more for it; it has some time to leave by itself."""
@@ -545,12 +496,12 @@ class ExternalSite:
         life.say_end(reason)
         self._wait(self.leave_s, lambda: life.end(HUNG_S))
 
-    def _fail(self, reason: str) -> None:
+    def fail(self, reason: str) -> None:
         """Answer the open task with a reason."""
         work = self._close_work()
         if work is None or self._ended is not None:
             return
-        self._logs.note(self.site, "ERROR", f"the task of round {work.fields['round']} failed: {reason}")
+        self.note("ERROR", f"the task of round {work.fields['round']} failed: {reason}")
         self._upstream.send_failure(work, reason)
 
     def _close_work(self) -> Work | None:
@@ -564,7 +515,7 @@ class ExternalSite:
         """Answer with why the trainer never came; the next task gets another try."""
         if self._work is not None:
             cause, self._stillborn = self._stillborn, ""
-            self._fail(cause)
+            self.fail(cause)
 
     def _end(self, reason: str, aborted: bool) -> None:
         if self._ended is not None:

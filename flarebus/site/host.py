@@ -20,18 +20,21 @@ from flarebus.client.engine import Assignment, Engine, set_fallback
 from flarebus.client.log_config import LogConfig
 from flarebus.client.metrics import MetricOutbox
 from flarebus.delivery import Delivery
-from flarebus.errors import DecodeError, LinkError
+from flarebus.errors import DecodeError, FlarebusError, LinkError, UsageError
 from flarebus.job.site_config import SiteConfig
 from flarebus.message import Buffer
 from flarebus.pending import Pending
 from flarebus.site.client_config import make_client_config
 from flarebus.site.engine import SharedModel, SiteEngine
 from flarebus.site.external import HUNG_S, ExternalSite
+from flarebus.site.halves import SiteHalves
 from flarebus.site.inside import InsideTrainer
+from flarebus.site.job import JobFacts
 from flarebus.site.launcher import TrainerExit
 from flarebus.site.outbox import ResultOutbox
 from flarebus.site.output import SiteLogs
 from flarebus.site.script import CodeCache, Outcome, SiteScript
+from flarebus.site.ticket import Ticket
 from flarebus.site.tracking import SiteTracking
 from flarebus.site.trainer import Ground
 from flarebus.site.turn import Turnstile
@@ -61,8 +64,7 @@ class SiteHost:
 
     Args:
         cell: the host's; closed by its owner.
-        server: address of the server job.
-        job_id: the job.
+        facts: about the job.
         sites: whose scripts to run.
         log_config: layout and level of the sites' logs.
         console: show output on the console as well, for debugging.
@@ -75,8 +77,7 @@ class SiteHost:
     def __init__(
         self,
         cell: Cell,
-        server: str,
-        job_id: str,
+        facts: JobFacts,
         sites: Sequence[HostedSite],
         log_config: LogConfig | None = None,
         console: bool = False,
@@ -86,10 +87,10 @@ class SiteHost:
         tracking: TrackingPlan | None = None,
     ) -> None:
         self._cell = cell
-        self._server = server
-        self._job_id = job_id
+        self._facts = facts
+        self._server, self._job_id = facts.server, facts.job_id
         self._metrics = MetricOutbox(self._send_records)
-        self._results = ResultOutbox(cell, server)
+        self._results = ResultOutbox(cell, facts.server)
         self._models = SlabPool()
         self._logs = SiteLogs(log_config, console=console)
         folders = {site.name: site.folder for site in sites}
@@ -102,11 +103,17 @@ class SiteHost:
         self._engines: dict[str, SiteEngine] = {}
         self._scripts: dict[str, SiteScript] = {}
         self._externals: dict[str, ExternalSite] = {}
+        # Sites without a script.
+        self._others: list[str] = []
         log_text = None if log_config is None else log_config.text
-        ground = Ground(cell, server, job_id, endpoint, trainer_keys, log_text, self._send_records)
+        ground = Ground(cell, facts.job_id, endpoint, trainer_keys, log_text, self._send_records)
+        self._halves = SiteHalves(facts, cell)
         for site in sites:
             self._logs.add(site.name, site.folder / "log.txt")
-            if site.config.is_external:
+            self._halves.add(site.name, site.folder, site.config.executors, self._code_dir(site))
+            if not site.config.train_script:
+                self._others.append(site.name)
+            elif site.config.is_external:
                 self._add_external(site, ground)
             else:
                 self._add(site)
@@ -123,7 +130,6 @@ class SiteHost:
             self._job_id,
             make_client_config(name, self._job_id, site.config),
             self._cell,
-            self._server,
             self._metrics,
             self._results,
             lambda text: self._logs.note(name, "WARNING", text),
@@ -148,11 +154,15 @@ class SiteHost:
         )
 
     def _filters(self, site: HostedSite) -> tuple[FilterChain, FilterChain]:
-        code_dir = Path(site.config.train_script).parent
         return (
-            FilterChain.build(site.config.input_filters, code_dir),
-            FilterChain.build(site.config.output_filters, code_dir),
+            FilterChain.build(site.config.input_filters, self._code_dir(site)),
+            FilterChain.build(site.config.output_filters, self._code_dir(site)),
         )
+
+    def _code_dir(self, site: HostedSite) -> Path:
+        """Where classes named by path are looked for first."""
+        script = site.config.train_script
+        return Path(script).parent if script else Path(self._facts.code_dir)
 
     def _make_script(
         self, site: HostedSite, engine: Engine, task_waiting: Callable[[], bool], on_end: Callable[[Outcome], None]
@@ -186,7 +196,7 @@ class SiteHost:
                 for external in self._externals.values():
                     external.start()
                 fields = {
-                    "sites": sorted([*self._engines, *self._externals]),
+                    "sites": sorted([*self._engines, *self._externals, *self._others]),
                     "external": sorted(self._externals),
                     # Trainers fetch their models themselves: what comes along would only lie here.
                     "takes": MAX_CARRIED_BYTES if self._engines else 0,
@@ -211,6 +221,7 @@ class SiteHost:
             engine.end(reason)
         for external in self._externals.values():
             external.end(reason, aborted)
+        self._halves.end(reason)
         self._over.set()
 
     def _told_end(self, delivery: Delivery) -> None:
@@ -225,39 +236,64 @@ class SiteHost:
         # On the bus thread, so that the model is on its way at once and the scripts are woken by its last byte.
         try:
             task: Mapping[str, Any] = delivery.plain()
-        except DecodeError as error:
+            ticket, sites = Ticket.of(task, delivery.source), task["sites"]
+        except (DecodeError, KeyError, TypeError) as error:
             delivery.fail(error)
             return
-        self._results.credit.grant(task.get("credit", 0))
-        for site in task["sites"]:
-            if site in self._externals:
-                fields = {"name": task["task"], "round": task["round"], "total_rounds": task["total_rounds"]}
-                self._externals[site].assign(Work(task["number"], fields, task["model"], delivery))
-        if any(site in self._engines for site in task["sites"]):
-            delivery.pull(self._models).on_done(lambda buffers: self._hand_out(delivery, task, buffers))
+        if not self._halves.may_give(delivery.source):
+            delivery.fail(UsageError(f"{delivery.source} may not give tasks to sites of this job"))
+            return
+        if not ticket.owner:
+            self._results.credit.grant(task.get("credit", 0))
+        name, round = task["task"], task["round"]
+        to_halves = [site for site in sites if self._halves.takes(site, name)]
+        to_scripts = [site for site in sites if site in self._engines and site not in to_halves]
+        if ticket.resumes:
+            to_scripts = [site for site in to_scripts if not self._engines[site].resume(name, round, ticket)]
+        for site in sites:
+            if site in self._externals and site not in to_halves:
+                fields = {"name": name, "round": round, "total_rounds": task["total_rounds"]}
+                self._externals[site].assign(Work(ticket, fields, task["model"], delivery))
+        if to_scripts or to_halves:
+            delivery.pull(self._models).on_done(
+                lambda buffers: self._hand_out(delivery, task, ticket, to_scripts, to_halves, buffers)
+            )
         else:
             delivery.reply()
 
-    def _hand_out(self, delivery: Delivery, task: Mapping[str, Any], buffers: Pending[Sequence[Buffer]]) -> None:
-        error = buffers.error()
-        if error is not None:
+    def _hand_out(
+        self,
+        delivery: Delivery,
+        task: Mapping[str, Any],
+        ticket: Ticket,
+        to_scripts: Sequence[str],
+        to_halves: Sequence[str],
+        buffers: Pending[Sequence[Buffer]],
+    ) -> None:
+        try:
+            # First, for they copy: the last of the scripts gets these very arrays.
+            for site in to_halves:
+                self._halves.call(site, ticket, task, buffers.result())
+            if to_scripts:
+                model = SharedModel(task["model"], buffers.result(), len(to_scripts))
+        except FlarebusError as error:
             delivery.fail(error)
             return
-        sites = [site for site in task["sites"] if site in self._engines]
-        model = SharedModel(task["model"], buffers.result(), len(sites))
-        assignment = Assignment(str(task["number"]), task["task"], task["round"], task["total_rounds"], model.take)
-        for site in sites:
-            self._engines[site].assign(assignment, model)
+        task_id = f"{ticket.owner}/{ticket.number}"
+        for site in to_scripts:
+            assignment = Assignment(task_id, task["task"], task["round"], task["total_rounds"], model.take)
+            self._engines[site].assign(assignment, model, ticket)
             self._scripts[site].wake()
         delivery.reply()
 
     def _cancel(self, delivery: Delivery) -> None:
         fields = delivery.value()
+        key = fields["owner"], fields["number"]
         for site in fields["sites"]:
             if site in self._engines:
-                self._engines[site].cancel(fields["number"])
+                self._engines[site].cancel(key)
             elif site in self._externals:
-                self._externals[site].cancel(fields["number"])
+                self._externals[site].cancel(key)
 
     def _refused(self, delivery: Delivery) -> None:
         fields = delivery.value()
@@ -276,6 +312,7 @@ class SiteHost:
         deadline = time.monotonic() + max(FAREWELL_S, longest + HUNG_S)
         for external in self._externals.values():
             external.wait_ended(max(0.0, deadline - time.monotonic()))
+        self._halves.wait_ended(deadline)
         for script in self._scripts.values():
             script.wait_ended(max(0.0, deadline - time.monotonic()))
         self._metrics.close(max(0.0, deadline - time.monotonic()))

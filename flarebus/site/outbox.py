@@ -17,6 +17,7 @@ from flarebus.delivery import Delivery
 from flarebus.errors import FlarebusError
 from flarebus.message import Bundle
 from flarebus.pending import Pending
+from flarebus.site.ticket import Ticket
 from flarebus.wire import MAX_CARRIED_BYTES, MAX_INLINE_BYTES
 
 __all__ = ["Credit", "ResultOutbox"]
@@ -79,10 +80,10 @@ class ResultOutbox:
         self._is_sending = False
         self._lock = threading.Lock()
 
-    @staticmethod
-    def takes(payload: Payload) -> bool:
-        """Whether a result is small enough."""
-        return payload.manifest is None and len(payload.body) <= MOST_BODY_BYTES
+    def takes(self, payload: Payload, ticket: Ticket) -> bool:
+        """Whether a result is for the server, and small enough."""
+        is_small = payload.manifest is None and len(payload.body) <= MOST_BODY_BYTES
+        return is_small and ticket.target == self._server
 
     def put(self, site: str, number: int, payload: Payload, note: Callable[[str], None]) -> None:
         """Take the result of `site` for task `number`; returns at once.

@@ -48,7 +48,6 @@ class Ground:
 
     Args:
         cell: the host's.
-        server: address of the server job.
         job_id: the job.
         endpoint: of the router, for trainers to dial.
         keys: CURVE keys for trainers, or None where connections are not encrypted.
@@ -57,7 +56,6 @@ class Ground:
     """
 
     cell: Cell
-    server: str
     job_id: str
     endpoint: str
     keys: Mapping[str, str] | None
@@ -76,7 +74,7 @@ class Process(Protocol):
 
 
 class TrainerWatcher(Protocol):
-    """The owner of a life; its methods are called on threads of the pipes and of the process, and must not block."""
+    """The owner of a life; its methods are called as its `post` has them called, except `line`."""
 
     def said(self, life: Trainer, rank: int, message: Message) -> None:
         """A rank that was welcomed sent a message."""
@@ -91,7 +89,7 @@ class TrainerWatcher(Protocol):
         """The process has ended."""
 
     def line(self, stream: str, text: str) -> None:
-        """The process wrote a line."""
+        """The process wrote a line; on a thread of the process's own."""
 
 
 class Trainer:
@@ -104,6 +102,7 @@ class Trainer:
         client_config: the client configuration, without pipes and secrets.
         ground: what it stands on.
         watcher: told what happens.
+        post: has it told, from threads of the pipes and of the process; must not block.
         run_inside: runs the script in this process with the given client configuration, for a pipe that does not leave
             it; told of the end like a process.
 
@@ -120,6 +119,7 @@ class Trainer:
         client_config: Mapping[str, Any],
         ground: Ground,
         watcher: TrainerWatcher,
+        post: Callable[[Callable[[], None]], None],
         run_inside: Callable[[ClientConfig, Callable[[TrainerExit], None]], Process],
     ) -> None:
         self.site = site
@@ -139,6 +139,7 @@ class Trainer:
         self._config = config
         self._ground = ground
         self._watcher = watcher
+        self._post = post
         self._run_inside = run_inside
         self._token = secrets.token_urlsafe(32)
         self._link = secrets.token_hex(8)
@@ -292,7 +293,7 @@ class Trainer:
             self._heard(rank, handler, message)
 
         def on_status(topic: str, reason: str) -> None:
-            self._watcher.lost(self, rank, topic, reason)
+            self._post(lambda: self._watcher.lost(self, rank, topic, reason))
 
         timeout_s = ClientConfig(self._client_config).get_heartbeat_timeout()
         handler = self._handle(pipe, on_message, on_status, timeout_s)
@@ -353,10 +354,10 @@ class Trainer:
         if message.topic != HELLO:
             if self.ranks.get(rank) is not handler:
                 raise DecodeError(f"rank {rank} said {message.topic!r} before hello")
-            self._watcher.said(self, rank, message)
+            self._post(lambda: self._watcher.said(self, rank, message))
             return
         reason, world_size = self._why_not(rank, message)
-        handler.reply(message, pack(accepted=not reason, reason=reason, readers=[self._ground.server]))
+        handler.reply(message, pack(accepted=not reason, reason=reason))
         if reason:
             log.warning("%s: a trainer was refused: %s", self.site, reason)
             return
@@ -364,7 +365,7 @@ class Trainer:
         if rank == 0:
             self.has_come = True
             self.world_size = world_size
-        self._watcher.ready(self, rank)
+        self._post(lambda: self._watcher.ready(self, rank))
 
     def _why_not(self, rank: int, message: Message) -> tuple[str, int]:
         """Why this process is not welcome, or ""; and of how many its trainer consists."""
@@ -391,7 +392,7 @@ class Trainer:
         self._ground.forward_records(fields).on_done(lambda done: _pass_on(handler, message, done))
 
     def _exited(self, end: TrainerExit) -> None:
-        self._watcher.exited(self, end)
+        self._post(lambda: self._watcher.exited(self, end))
 
 
 def _pass_on(handler: PipeHandler, message: Message, done: Pending[Any]) -> None:

@@ -14,24 +14,40 @@ from flarebus.model import FLModel
 from flarebus.pending import Pending
 from flarebus.pipes import Message
 from flarebus.site.launcher import TrainerExit
+from flarebus.site.ticket import Ticket
 
 __all__ = ["Work", "cause_of", "model_of", "real_error"]
 
 
 class Work:
-    """A task as the server sent it.
+    """A task as it came.
 
     Args:
-        number: of the broadcast.
+        ticket: where its answer goes.
         fields: name, round, total_rounds.
         body: the encoded model.
         delivery: the message that it came with, which leads to its buffers.
     """
 
-    __slots__ = ("body", "delivery", "fields", "filtered", "given", "lives", "number", "offer", "result", "spared")
+    __slots__ = (
+        "body",
+        "delivery",
+        "fields",
+        "filtered",
+        "given",
+        "lives",
+        "number",
+        "offer",
+        "result",
+        "spared",
+        "ticket",
+        "unsent",
+    )
 
-    def __init__(self, number: int, fields: Mapping[str, Any], body: bytes, delivery: Delivery) -> None:
-        self.number = number
+    def __init__(self, ticket: Ticket, fields: Mapping[str, Any], body: bytes, delivery: Delivery) -> None:
+        self.ticket = ticket
+        self.number = 0
+        """What its trainer knows it by: they grow, whoever gives the tasks."""
         self.fields = dict(fields)
         self.body = body
         self.delivery = delivery
@@ -45,7 +61,14 @@ class Work:
         self.spared = False
         """Whether it was left behind, unseen, by a life that ended, once: a second time is no accident."""
         self.result: Message | None = None
-        """What the trainer answered, on its way to the server."""
+        """What the trainer answered, on its way to whoever gave the task."""
+        self.unsent: Any = None
+        """The answer, ready to be sent, if whoever gave the task is gone."""
+
+    def resumes(self, before: Work) -> bool:
+        """Whether it is the task `before`, for somebody who took it over."""
+        mine, its = (self.fields["name"], self.fields["round"]), (before.fields["name"], before.fields["round"])
+        return self.ticket.resumes and mine == its
 
 
 def model_of(body: bytes, buffers: Sequence[Buffer], *, copy: bool) -> FLModel:

@@ -26,6 +26,7 @@ from flarebus.job.site_config import SiteConfig
 from flarebus.link import SILENCE_S
 from flarebus.security.keys import DialKeys, KeyPair
 from flarebus.site.host import HostedSite, SiteHost
+from flarebus.site.job import JobFacts
 from flarebus.tracking.group import TrackingPlan
 
 __all__ = ["TURN_BYTES", "main", "read_turn"]
@@ -67,8 +68,7 @@ def _host(cell: Cell, config: dict[str, Any]) -> None:
     with open(config["turn_file"], "r+b") as file, mmap.mmap(file.fileno(), TURN_BYTES) as page:
         host = SiteHost(
             cell,
-            config["server"],
-            config["job_id"],
+            JobFacts(**config["job"]),
             sites,
             LogConfig.parse(config["log_config"]),
             on_turn=lambda site: _note_turn(page, site),

@@ -10,11 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Protocol
 
 from flarebus.model import FLModel
+from flarebus.workflow.held import HeldModel
 
-__all__ = ["Controller", "Job", "Result", "Task"]
+__all__ = ["Controller", "Job", "Order", "Report", "Result", "Task"]
 
 Params = dict[str, Any]
 
@@ -24,17 +26,17 @@ class Task:
     """A named piece of work for sites.
 
     Args:
-        name: `train`, `validate`, `submit_model`, or what the scripts of the job understand.
+        name: `train`, `validate`, `submit_model`, or what the scripts or executors of the job understand.
         model: goes to every site; its arrays are served from where they lie, so they must not change until the
-            broadcast is over.
+            broadcast is over. A `HeldModel` is fetched from its holder.
         round: round it belongs to, from 0; reaches the script as `current_round`.
         total_rounds: rounds of the job; reaches the script.
         meta: small extra data for the script.
     """
 
     name: str
-    model: FLModel
-    round: int
+    model: FLModel | HeldModel
+    round: int = 0
     total_rounds: int | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
 
@@ -47,19 +49,53 @@ class Result:
         round: the round it answers.
         model: what the script sent. Its arrays belong to whoever takes the result, until the next result is asked for;
             who wants them longer keeps them, as `WeightedMean.add` does.
+        held: the same where it was made, if it was not fetched; `model` has no parameters then. To be released.
     """
 
-    __slots__ = ("_refuse", "model", "round", "site")
+    __slots__ = ("_refuse", "held", "is_refused", "model", "round", "site")
 
-    def __init__(self, site: str, round: int, model: FLModel, refuse: Callable[[str, str], None]) -> None:
+    def __init__(
+        self,
+        site: str,
+        round: int,
+        model: FLModel,
+        refuse: Callable[[str, str], None],
+        held: HeldModel | None = None,
+    ) -> None:
         self.site = site
         self.round = round
         self.model = model
+        self.held = held
+        self.is_refused = False
         self._refuse = refuse
 
     def refuse(self, reason: object) -> None:
         """Say that this result must not count; the quorum is judged without it."""
+        self.is_refused = True
         self._refuse(self.site, str(reason))
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a controller that watches hears of a site.
+
+    Args:
+        site: whose it is.
+        event: what a site controller fired; or `site_joined`, `site_lost` (it may come back), `site_dead`.
+        fields: more about it.
+    """
+
+    site: str
+    event: str
+    fields: Mapping[str, Any]
+
+
+class Order(str, Enum):
+    """In which order one site after the other has its turn."""
+
+    FIXED = "FIXED"
+    RANDOM = "RANDOM"
+    RANDOM_WITHOUT_SAME_IN_A_ROW = "RANDOM_WITHOUT_SAME_IN_A_ROW"
 
 
 class Job(Protocol):
@@ -85,26 +121,86 @@ class Job(Protocol):
 
     def broadcast(
         self,
-        task: Task,
+        task: Task | Mapping[str, Task],
         *,
         sites: Sequence[str] | None = None,
         min_responses: int = 0,
         wait_time_after_min_received: float | None = None,
         timeout: float | None = None,
         in_order: bool = False,
+        newcomers: bool = False,
+        fetch: bool = True,
+        most_staged: int | None = None,
     ) -> Iterator[Result]:
-        """Give `task` to sites and yield their results as they arrive.
+        """Give `task` to sites and yield their results as they arrive. Leaving the loop early takes it back.
 
         Args:
-            sites: to whom; None is everybody who is there.
+            task: one for all, or site -> its own, of one name and one round.
+            sites: to whom; None is everybody who is there, or who has a task of its own.
             min_responses: usable results that the round needs; 0 is one from every site.
             wait_time_after_min_received: seconds that the others still have from then on; None waits for every site
                 that is alive.
             timeout: seconds for all of it; None leaves it to the sites' lives.
             in_order: yield in the order of the sites' names, whatever the order of arrival.
+            newcomers: sites that join meanwhile get the task as well; then it has no end of its own but `timeout`,
+                `cancel` or leaving the loop.
+            fetch: False leaves the arrays with the sites, for passing on: see `Result.held`.
+            most_staged: results fetched at once; None leaves it to their bytes.
 
         Raises:
             QuorumNotReached: fewer than `min_responses` usable results came, or can come; says why for each site.
+            JobAborted: the job was ended meanwhile.
+        """
+
+    def send(
+        self,
+        task: Task,
+        sites: Sequence[str],
+        *,
+        any_order: bool = False,
+        assignment_timeout: float | None = None,
+        timeout: float | None = None,
+        fetch: bool = True,
+    ) -> Result:
+        """Give `task` to the first of `sites` that is there, and return its answer; its arrays are the caller's.
+
+        Args:
+            any_order: whoever of them is there first; otherwise each has its turn, one after the other.
+            assignment_timeout: seconds of one turn, or of the wait for any; None gives up only who will not come.
+            timeout: seconds that the answer may take; None leaves it to the site's life.
+            fetch: see `broadcast`.
+
+        Raises:
+            QuorumNotReached: none of them took it, or the one that did gave no usable answer.
+            JobAborted: the job was ended meanwhile.
+        """
+
+    def relay(
+        self,
+        task: Task,
+        sites: Sequence[str],
+        *,
+        assignment_timeout: float | None = None,
+        timeout: float | None = None,
+    ) -> Iterator[Result]:
+        """Give `task` to one of `sites` after the other, each with the model that the one before made of it.
+
+        What the loop leaves in `Result.model` goes to the next. A site that is not there for `assignment_timeout`
+        seconds, or gives no usable answer within `timeout`, is passed over, and `turn_lost` says so.
+
+        Raises:
+            QuorumNotReached: not one of them answered.
+            JobAborted: the job was ended meanwhile.
+        """
+
+    def cancel(self, reason: str) -> None:
+        """End the broadcast that runs now, from any thread: its loop comes to its end, whatever the quorum."""
+
+    def reports(self, timeout: float | None = None) -> Iterator[Report]:
+        """What happens at the sites of a job whose sites steer, as it is heard; ends after `timeout` seconds of
+        silence.
+
+        Raises:
             JobAborted: the job was ended meanwhile.
         """
 
@@ -119,8 +215,20 @@ class Job(Protocol):
             best: the model that entered this round is the best so far; it is kept apart.
         """
 
+    def note_round(self, round: int, metrics: Mapping[str, Any], sites: Sequence[str], *, by: str) -> None:
+        """A round was committed at a site, which has the model: keep its metrics.
+
+        Args:
+            sites: whose results are in the model.
+            by: the site.
+        """
+
+    def keep(self, params: Params, *, best: bool = False) -> None:
+        """Keep a model that no round of the server made as the last one, or as the best; durable when it returns."""
+
     def fire(self, event: str, **fields: Any) -> None:
-        """Tell whoever listens that something happened."""
+        """Tell whoever listens that something happened: `round_started`, `result_accepted` and `round_committed` come
+        by themselves, `before_aggregation` and `after_aggregation` from a workflow that aggregates."""
 
 
 class Controller(ABC):

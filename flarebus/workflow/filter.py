@@ -153,12 +153,19 @@ class FilterChain:
         if self.needs_values:
             return None
 
-        def through(model: FLModel) -> FLModel:
-            for link in self._links:
-                model = link.process_around(model, task)
-            return model
+        return edit_model(body, lambda model: self.apply_around(model, task))
 
-        return edit_model(body, through)
+    def apply_around(self, model: FLModel, task: FilterTask) -> FLModel:
+        """The same on a model whose parameters stay with somebody else.
+
+        Raises:
+            FilterFailed: a filter raised, or needs the parameters.
+        """
+        for link in self._links:
+            if link.needs_values:
+                raise FilterFailed(link.name, "needs the parameters, which stay where they were made")
+            model = link.process_around(model, task)
+        return model
 
 
 def _around(model: FLModel) -> FLModel:

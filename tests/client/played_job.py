@@ -133,14 +133,14 @@ class PlayedJob:
 
     def welcome(self, message: Message, reason: str = "") -> None:
         """Answer a hello."""
-        self.handlers[0].reply(message, pack(accepted=not reason, reason=reason, readers=["server.job-1"]))
+        self.handlers[0].reply(message, pack(accepted=not reason, reason=reason))
 
     def give(
         self, number: int, value: float = 0.0, ranks: Sequence[int] = (0,), size: int = SIZE
     ) -> list[Pending[Any]]:
         """Hand a task out."""
         body, buffers = encode(FLModel(params={"w": np.full(size, value, np.float32)}))
-        fields = pack(number=number, name="train", round=number, total_rounds=9, model=body)
+        fields = pack(number=number, name="train", round=number, total_rounds=9, model=body, readers=["server.job-1"])
         return [self.handlers[rank].post(Message(TASK, fields, buffers)) for rank in ranks]
 
     def cancel(self, number: int, rank: int = 0) -> None:

@@ -234,7 +234,7 @@ class Bus:
     def pass_time(self, seconds: float) -> None:
         """Let time pass, and the job look at its clock."""
         self.clock.now += seconds
-        self.job._events.put(lambda: None)
+        self.job._agenda.post(lambda: None)
 
     def wait_for(self, event: str, **fields: Any) -> dict[str, Any]:
         """Wait until the job has told of an event with these fields; all its fields."""

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from flarebus.client.metric_batch import Row, encode_batch, pack_value
 from flarebus.errors import JobAborted, JobFailed, QuorumNotReached, RemoteError
 from flarebus.model import FLModel
-from flarebus.server import job as server_job
+from flarebus.server import job
 from flarebus.server.pool import HostEnd
 from flarebus.slab import SlabPool
+from flarebus.tasks import desk
 from flarebus.workflow.aggregator import ModelAggregator
 from flarebus.workflow.controller import Result
 from tests.server.played import BIG, LIMIT_S, Bus, MemoryArchive, PlayedHost, task, told, update
@@ -155,7 +156,7 @@ def test_the_others_have_the_grace_and_no_longer(bus: Bus, host: PlayedHost) -> 
 
     assert running.result(LIMIT_S) == ["a", "b"]
     assert bus.archive.done == [({"a": {}, "b": {}}, {"c": "no answer in time"})]  # type: ignore[union-attr]
-    assert host.cancelled.get(timeout=LIMIT_S) == {"number": number, "sites": ["c"]}
+    assert host.cancelled.get(timeout=LIMIT_S) == {"number": number, "owner": "", "sites": ["c"]}
     running = bus.collect()
     assert host.answer("c", number, update(1)) == (False, "the round is closed")
     assert not running.done()
@@ -419,7 +420,7 @@ def test_a_value_that_is_no_model_fails_its_site(bus: Bus, host: PlayedHost) -> 
     sent = host.ask("result", {"site": "a", "number": number, "error": None, "model": payload.body})
 
     assert told(sent) == (False, "it is not an FLModel")
-    with pytest.raises(QuorumNotReached, match="a: its result could not be fetched: it is not an FLModel"):
+    with pytest.raises(QuorumNotReached, match="a: its result could not be used: it is not an FLModel"):
         running.result(LIMIT_S)
 
 
@@ -427,7 +428,7 @@ def test_a_result_far_bigger_than_the_model_is_refused(
     bus: Bus, host: PlayedHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A result many times the model's size is not fetched at all; the site hears both sizes."""
-    monkeypatch.setattr(server_job, "RESULT_SLACK_BYTES", 1000)
+    monkeypatch.setattr(desk, "RESULT_SLACK_BYTES", 1000)
     running = bus.collect(min_responses=1, sites=["a", "b"])
     number = host.take().number
     accepted, reason = host.answer("a", number, update(1, BIG))
@@ -498,16 +499,16 @@ class Keeper(ModelAggregator):
 
 def staged_at_most(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes that were leased for results each time one more was fetched."""
-    monkeypatch.setattr(server_job, "STAGED_BYTES", 0)
+    monkeypatch.setattr(desk, "STAGED_BYTES", 0)
     leased: list[int] = []
-    take = bus.job._pool.take
+    take = bus.job._desk._pool.take
 
     def measured(lengths: Any) -> Any:
         memory = take(lengths)
-        leased.append(bus.job._pool.leased_bytes)
+        leased.append(bus.job._desk._pool.leased_bytes)
         return memory
 
-    monkeypatch.setattr(bus.job._pool, "take", measured)
+    monkeypatch.setattr(bus.job._desk._pool, "take", measured)
     return leased
 
 
@@ -539,7 +540,7 @@ def test_results_ride_along_as_far_as_there_is_room(
     bus: Bus, host: PlayedHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What comes along is taken while the memory for results has room, and pulled later if it has not."""
-    monkeypatch.setattr(server_job, "STAGED_BYTES", 4 * BIG)
+    monkeypatch.setattr(desk, "STAGED_BYTES", 4 * BIG)
     carrier, pulled = bus.cell._carrier, []
     pull = carrier.pull
     monkeypatch.setattr(carrier, "pull", lambda *args: pulled.append(args[0].nbytes) or pull(*args))
@@ -549,11 +550,11 @@ def test_results_ride_along_as_far_as_there_is_room(
         for result in bus.job.broadcast(task(size=BIG)):
             assert result.model.params is not None
             found[result.site] = float(result.model.params["w"].sum())
-            bus.events.append((result.site, {"leased": bus.job._pool.leased_bytes}))
+            bus.events.append((result.site, {"leased": bus.job._desk._pool.leased_bytes}))
 
     running = bus.start(run)
     number = host.take().number
-    busy = bus.job._pool.take([4 * BIG])
+    busy = bus.job._desk._pool.take([4 * BIG])
     sent = [host.send(site, number, update(value, BIG), bring=True) for value, site in enumerate("ab", 1)]
     assert all(told(each) == (True, "") for each in sent)
     assert pulled == [4 * BIG] * 2
@@ -596,7 +597,7 @@ def test_a_model_rides_along_to_hosts_that_take_it(bus: Bus, takes: int) -> None
     heard.result(LIMIT_S)
     running = bus.start(lambda: [result.site for result in bus.job.broadcast(task(size=BIG), sites=["a"])])
 
-    assert credits.get(timeout=LIMIT_S) == (server_job.STAGED_BYTES, takes == 4 * BIG)
+    assert credits.get(timeout=LIMIT_S) == (desk.STAGED_BYTES, takes == 4 * BIG)
     assert asked == ([4 * BIG] if takes == 4 * BIG else [])
     host.answer("a", 1, update(1, BIG))
     assert running.result(LIMIT_S) == ["a"]
@@ -821,7 +822,7 @@ def test_abort_ends_a_round(bus: Bus, host: PlayedHost) -> None:
         running.result(LIMIT_S)
     bus.start(lambda: bus.job.end("aborted")).result(LIMIT_S)
     assert told(waiting) == (False, "the round is closed")
-    assert host.cancelled.get(timeout=LIMIT_S) == {"number": number, "sites": list(SITES)}
+    assert host.cancelled.get(timeout=LIMIT_S) == {"number": number, "owner": "", "sites": list(SITES)}
 
 
 def test_a_controller_that_fails_keeps_nobody_waiting(bus: Bus, host: PlayedHost) -> None:
@@ -871,7 +872,7 @@ def test_after_the_end_whoever_comes_late_is_answered(bus: Bus, host: PlayedHost
 
 def test_too_many_bytes_of_metrics_are_not_fetched(bus: Bus, host: PlayedHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """Metric records far beyond any use are refused before memory is given to them."""
-    monkeypatch.setattr(server_job, "RECORDS_BYTES", 1000)
+    monkeypatch.setattr(job, "RECORDS_BYTES", 1000)
     batch = {"records": bytes(BIG), "dropped": {}}
     with pytest.raises(RemoteError, match="at most 1000 at once"):
         host.cell.request("server.job", "metric", "records", batch).result(LIMIT_S)

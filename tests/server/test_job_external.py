@@ -66,7 +66,7 @@ def fetching(bus: Bus, n: int) -> None:
 
 
 def is_here(bus: Bus, site: str) -> bool:
-    arrived = None if bus.job._open is None else bus.job._open.arrived.get(site)
+    arrived = None if bus.job._desk._open is None else bus.job._desk._open.arrived.get(site)
     return arrived is not None and arrived.is_here
 
 
@@ -136,8 +136,8 @@ def test_sites_without_a_trainer_have_nobody_below_them(bus: Bus) -> None:
     running = broadcast(bus)
     work = host.take()
     stranger = bus.trainer(f"a.{JOB}.0.x")
-    assert bus.job._open is not None
-    manifest = bus.job._open.payload.manifest
+    assert bus.job._desk._open is not None
+    manifest = bus.job._desk._open.parcels[0].payload.manifest
     assert manifest is not None
 
     with pytest.raises(SourceLost):

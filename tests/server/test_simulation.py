@@ -166,6 +166,7 @@ def test_events_tell_what_happens(sim: Simulations) -> None:
     ]
     assert [event for event, _ in sim.events if event != "site_metrics"] == [
         "job_started",
+        *["site_joined"] * 2,
         *["round_started", "result_accepted", "result_accepted", "round_committed"] * 2,
         "job_ended",
     ]

@@ -26,6 +26,7 @@ from flarebus.model import FLModel
 from flarebus.site.client_config import make_client_config
 from flarebus.site.external import ExternalSite
 from flarebus.site.launcher import TrainerExit
+from flarebus.site.ticket import Ticket
 from flarebus.site.trainer import Ground
 from flarebus.site.work import Work
 from flarebus.workflow.filter import FilterChain
@@ -152,7 +153,7 @@ class PlayedSite:
             made,
             make_client_config("site-1", "job", made),
             filters or (FilterChain(), FilterChain()),
-            Ground(self.host, "server.job", "job", self.bus.endpoint, None, None, send),
+            Ground(self.host, "job", self.bus.endpoint, None, None, send),
             self.logs,  # type: ignore[arg-type]
             self._launch,
             clock=self.clock,
@@ -172,7 +173,7 @@ class PlayedSite:
     def _assign(self, delivery: Delivery) -> None:
         fields = delivery.plain()
         about = {"name": fields["task"], "round": fields["number"], "total_rounds": 9}
-        self.site.assign(Work(fields["number"], about, fields["model"], delivery))
+        self.site.assign(Work(Ticket(delivery.source, fields["number"]), about, fields["model"], delivery))
         delivery.reply()
 
     # -- what the test does

@@ -25,6 +25,7 @@ from flarebus.pending import Pending
 from flarebus.router import Router
 from flarebus.site.engine import SharedModel, SiteEngine
 from flarebus.site.outbox import ResultOutbox
+from flarebus.site.ticket import Ticket
 
 LIMIT_S = 30.0
 BIG = 100_000
@@ -113,11 +114,11 @@ class Server:
         self.cell.inbox("metric", "records", self.records.put)
         self.outbox = MetricOutbox(lambda fields: self.host.request("server", "metric", "records", fields))
         results = ResultOutbox(self.host, "server")
-        self.engine = SiteEngine("site-1", "job", {}, self.host, "server", self.outbox, results, self.notes.append)
+        self.engine = SiteEngine("site-1", "job", {}, self.host, self.outbox, results, self.notes.append)
 
     def assign(self, number: int, model: SharedModel | None = None) -> SharedModel:
         model = shared(1)[0] if model is None else model
-        self.engine.assign(Assignment(str(number), "train", number, 9, model.take), model)
+        self.engine.assign(Assignment(str(number), "train", number, 9, model.take), model, Ticket("server", number))
         return model
 
     def result(self, accepted: bool = True, reason: str = "", fetch: bool = False) -> dict[str, Any]:
@@ -215,10 +216,10 @@ def test_a_cancelled_task_is_never_fetched(server: Server) -> None:
     """Cancelling a task that waits takes it back, with its model; the number of another one changes nothing."""
     model, memory = shared(1)
     server.assign(3, model)
-    server.engine.cancel(2)
+    server.engine.cancel(("", 2))
     assert server.engine.has_task
 
-    server.engine.cancel(3)
+    server.engine.cancel(("", 3))
     assert not server.engine.has_task
     assert server.engine.next_task(0) is None
     memory.clear()
@@ -233,7 +234,7 @@ def test_a_task_at_work_is_not_taken_away(server: Server) -> None:
     server.assign(3)
     task = server.engine.next_task(0)
     assert task is not None
-    server.engine.cancel(3)
+    server.engine.cancel(("", 3))
     sending = on_thread(lambda: deliver(server.engine, task, answer(BIG)))
 
     assert server.result(False, "the round is closed")["number"] == 3
@@ -247,7 +248,7 @@ def test_a_task_cancelled_before_the_script_saw_it_is_taken_back(server: Server)
     task = server.engine.next_task(0)
     assert task is not None
     assert server.engine.still_wanted(task)
-    server.engine.cancel(3)
+    server.engine.cancel(("", 3))
     assert not server.engine.still_wanted(task)
     server.assign(4)
     task = server.engine.next_task(0)
@@ -303,7 +304,7 @@ def test_a_turn_that_came_for_nothing_is_given_up(server: Server) -> None:
     waits(server.engine)
     server.assign(3)
     gate = crowd.gates.get(timeout=LIMIT_S)
-    server.engine.cancel(3)
+    server.engine.cancel(("", 3))
     gate.release()
     assert crowd.stood_back.get(timeout=LIMIT_S) is gate
 

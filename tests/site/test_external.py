@@ -385,7 +385,7 @@ def test_a_trainer_for_one_task_gets_no_second_one(play: Play, how: str) -> None
         assert engine.next_task(0) is None
         site.failure()
     else:
-        site.site.cancel(1)
+        site.site.cancel(("", 1))
         site.settle()
         with pytest.raises(LinkError):
             send(engine, task, 1.0).result()
@@ -401,7 +401,7 @@ def test_a_trainer_that_was_not_needed_yet_serves_the_next_task(play: Play) -> N
     site = play(launch_once=False)
     site.give(1)
     process = site.launch()
-    site.site.cancel(1)
+    site.site.cancel(("", 1))
     site.settle()
     site.give(2, 2.0)
 
@@ -416,12 +416,12 @@ def test_a_cancelled_task_is_neither_begun_nor_answered(play: Play, pipe: str) -
     engine = site.launch().init()
     site.give(1)
     task, _ = take(engine)
-    site.site.cancel(1)
+    site.site.cancel(("", 1))
     send(engine, task, 1.0).result()
     assert site.results.empty()
 
     site.give(2)
-    site.site.cancel(2)
+    site.site.cancel(("", 2))
     wait_until(lambda: engine._unwanted == 2, "the trainer knows")
     site.give(3, 3.0)
     assert answered(site, engine, 1.0) == [3.0, 3.0]
@@ -521,7 +521,7 @@ def test_what_comes_after_the_end_is_dropped(play: Play) -> None:
     task, _ = take(engine)
     site.site.end("aborted")
     site.give(2)
-    site.site.cancel(1)
+    site.site.cancel(("", 1))
     site.site.end("again")
     with pytest.raises(LinkError):
         send(engine, task, 1.0).result()

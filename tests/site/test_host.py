@@ -26,6 +26,7 @@ from flarebus.errors import FlarebusError, QuorumNotReached
 from flarebus.job.kinds import ExchangeFormat, FrameworkType, TransferType
 from flarebus.job.site_config import SiteConfig
 from flarebus.site.host import HostedSite, SiteHost
+from flarebus.site.job import JobFacts
 from tests.server.played import BIG, LIMIT_S, SERVER, Bus, task, update
 
 SCRIPT = """
@@ -85,7 +86,9 @@ class Hosted:
         script.write_text(text)
         made = SiteConfig(str(script), **{"framework": FrameworkType.NUMPY, **config})
         hosted = [HostedSite(site, self.folder / site, made) for site in sites]
-        host = SiteHost(cell or self.cell, SERVER, "job-1", hosted, LogConfig.parse("msg_only"))
+        host = SiteHost(
+            cell or self.cell, JobFacts("job", "job-1", SERVER, "best", ""), hosted, LogConfig.parse("msg_only")
+        )
         heard = self.bus.start(lambda: self.bus.job.wait_for_sites(sites, LIMIT_S))
         self._thread = threading.Thread(target=self._run, args=(host,), name="flarebus host")
         self._thread.start()
@@ -199,9 +202,10 @@ def test_a_host_serves_its_own_sites_only(hosted: Hosted, gate: Gate) -> None:
     """Names of sites that are not the host's are passed over, in tasks and in cancellations."""
     hosted.start("a")
     payload = hosted.bus.cell.share(task().model, ("worker-1",))
-    fields = {"number": 1, "task": "train", "round": 0, "total_rounds": 1, "sites": ["x", "a"], "model": payload.body}
+    fields = {"number": 1, "owner": "", "task": "train", "round": 0, "total_rounds": 1, "sites": ["x", "a"]}
+    fields["model"] = payload.body
     hosted.bus.cell.request("worker-1", "task", "assign", fields, payload=payload).result(LIMIT_S)
-    cancelled = hosted.bus.cell.request("worker-1", "task", "cancel", {"number": 1, "sites": ["x"]})
+    cancelled = hosted.bus.cell.request("worker-1", "task", "cancel", {"number": 1, "owner": "", "sites": ["x"]})
 
     assert cancelled.result(LIMIT_S).value() is None
     assert gate.seen.get(timeout=LIMIT_S) == ("a", 0, [0.0, 0.0])
@@ -219,7 +223,7 @@ def test_a_task_that_was_cancelled_is_not_begun(hosted: Hosted, gate: Gate) -> N
     other.answer("z", other.take().number, update(1))
     hosted.bus.pass_time(10)
     assert running.result(LIMIT_S) == ["z"]
-    hosted.bus.cell.request("worker-1", "task", "cancel", {"number": 0, "sites": []}).result(LIMIT_S)
+    hosted.bus.cell.request("worker-1", "task", "cancel", {"number": 0, "owner": "", "sites": []}).result(LIMIT_S)
     assert hosted.cell.statistics().queued["task"] == 0
 
     gate.open.set()
@@ -285,7 +289,7 @@ def test_models_nobody_fetches_do_not_pile_up(hosted: Hosted, gate: Gate) -> Non
             hosted.bus.start(lambda: list(hosted.bus.job.broadcast(task(size=BIG)))).result(LIMIT_S)
 
     # The bus thread may hold the last one until its next message.
-    hosted.bus.cell.request("worker-1", "task", "cancel", {"number": 0, "sites": []}).result(LIMIT_S)
+    hosted.bus.cell.request("worker-1", "task", "cancel", {"number": 0, "owner": "", "sites": []}).result(LIMIT_S)
     assert pool.leased_bytes <= 4 * BIG
 
 
@@ -349,7 +353,7 @@ def test_scripts_see_their_configuration(hosted: Hosted) -> None:
 def test_a_server_that_is_not_there_is_an_error(hosted: Hosted, tmp_path: Path) -> None:
     """A host that cannot join says so, and leaves the process as it was."""
     site = HostedSite("a", tmp_path / "a", SiteConfig(__file__))
-    host = SiteHost(hosted.cell, "server.other", "job-1", [site])
+    host = SiteHost(hosted.cell, JobFacts("job", "job-1", "server.other", "best", ""), [site])
 
     with pytest.raises(FlarebusError, match="no such cell"):
         host.run()

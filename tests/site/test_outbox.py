@@ -17,6 +17,7 @@ from flarebus.model import FLModel
 from flarebus.router import Router
 from flarebus.site import outbox
 from flarebus.site.outbox import Credit, ResultOutbox
+from flarebus.site.ticket import Ticket
 from flarebus.wire import MAX_CARRIED_BYTES
 
 LIMIT_S = 30.0
@@ -38,7 +39,7 @@ class Ends:
     def put(self, site: str, size: int = 400) -> None:
         """Put the result of `site`, whose weights are as many as its name says."""
         payload = self.host.share(FLModel(params={"w": np.full(size, len(site), np.float32)}), ("server",))
-        assert self.outbox.takes(payload)
+        assert self.outbox.takes(payload, Ticket("server", 7))
         self.outbox.put(site, 7, payload, self.notes.append)
 
     def batch(self) -> Delivery:
@@ -100,9 +101,9 @@ def test_a_message_is_bounded(ends: Ends, monkeypatch: pytest.MonkeyPatch, limit
 
 def test_a_result_that_is_too_big_is_not_taken(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     """What has to be fetched, or has a large body, goes its own way."""
-    assert not ends.outbox.takes(ends.host.share(np.zeros(100_000), ("server",)))
+    assert not ends.outbox.takes(ends.host.share(np.zeros(100_000), ("server",)), Ticket("server", 7))
     monkeypatch.setattr(outbox, "MOST_BODY_BYTES", 100)
-    assert not ends.outbox.takes(ends.host.share("x" * 101, ("server",)))
+    assert not ends.outbox.takes(ends.host.share("x" * 101, ("server",)), Ticket("server", 7))
 
 
 def test_what_could_not_be_delivered_is_noted_and_the_rest_goes_on(ends: Ends) -> None:

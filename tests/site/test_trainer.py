@@ -31,6 +31,8 @@ class Watcher:
     def ready(self, life: Trainer, rank: int) -> None:
         """See `TrainerWatcher`."""
         self.came.append(rank)
+        if rank == 0:
+            life.open_others()
 
     def said(self, *_: Any) -> None:
         """Nothing is said here."""
@@ -64,7 +66,7 @@ def test_rank_that_speaks_before_its_pipe_is_open_is_heard(tmp_path: Path, monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     given: list[ClientConfig] = []
     site = SiteConfig("client.py", launch_external_process=True, client_config={"pipe": origin_of(MemoryPipe)})
-    ground: Any = SimpleNamespace(cell=None, endpoint="", keys=None, log_config=None, server="server", job_id="job")
+    ground: Any = SimpleNamespace(cell=None, endpoint="", keys=None, log_config=None, job_id="job")
     watcher = Watcher()
     life = Trainer(
         "site-1",
@@ -73,6 +75,7 @@ def test_rank_that_speaks_before_its_pipe_is_open_is_heard(tmp_path: Path, monke
         make_client_config("site-1", "job", site),
         ground,
         watcher,
+        lambda event: event(),
         lambda config, on_exit: given.append(config),  # type: ignore[arg-type, return-value]
     )
     life.begin()

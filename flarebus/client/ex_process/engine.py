@@ -78,8 +78,6 @@ class TrainerEngine:
         self._is_welcome = False
         # Whether somebody may still take what was logged: also after the end of the job, not after its abort.
         self._is_heard = True
-        # Who fetches results from here over a pipe that passes manifests; told with the answer to the hello.
-        self._readers: Sequence[str] = ()
         self._pipe = task_pipe
         self._handler = self._handle(task_pipe, self._on_message, self._on_status)
         self._metric_pipe = metric_pipe
@@ -162,7 +160,7 @@ class TrainerEngine:
         """Send the result; the wait is over when the server has it whole."""
         body, buffers = encode(result)
         fields = pack(number=int(assignment.task_id), error=None, model=body)
-        sent = self._handler.request(Message(RESULT, fields, buffers, readers=self._readers))
+        sent = self._handler.request(Message(RESULT, fields, buffers, readers=assignment.readers))
 
         def wait() -> None:
             try:
@@ -215,13 +213,16 @@ class TrainerEngine:
             raise DecodeError(f"topic {message.topic!r} is not known")
 
     def _take_task(self, message: Message) -> None:
-        task = unpack(message.body, number=int, name=str, round=_NO_NULLS, total_rounds=_NO_NULLS, model=bytes)
+        task = unpack(
+            message.body, number=int, name=str, round=_NO_NULLS, total_rounds=_NO_NULLS, model=bytes, readers=list
+        )
         if self.ended is not None or task["number"] <= self._unwanted:
             return
         # Now, so that the model is on its way while the script still does something else.
         pulled = self._pipe.pull(message)
         take = _Take(task["model"], pulled)
-        assignment = Assignment(str(task["number"]), task["name"], task["round"], task["total_rounds"], take)
+        round, total_rounds, readers = task["round"], task["total_rounds"], tuple(task["readers"])
+        assignment = Assignment(str(task["number"]), task["name"], round, total_rounds, take, readers)
         with self._changed:
             if self.ended is None and task["number"] > self._unwanted:
                 self._waiting.append((assignment, pulled))
@@ -289,10 +290,9 @@ class TrainerEngine:
             raise LinkError(
                 f"flare.init(): the client job of {self.site_name}, job {self.job_id}, did not answer: {error}"
             ) from error
-        verdict = unpack(answer.body, accepted=bool, reason=str, readers=list)
+        verdict = unpack(answer.body, accepted=bool, reason=str)
         if not verdict["accepted"]:
             raise ClientApiError(f"flare.init(): the client job refused this process: {verdict['reason']}")
-        self._readers = tuple(verdict["readers"])
         self._is_welcome = True
 
     def _wait_while_moving(self, pending: Pending[Message]) -> Message:

@@ -4,8 +4,8 @@ The body of a message is a dict as the codec encodes it; buffers beside it belon
 
 | topic | from | fields | answer |
 |---|---|---|---|
-| `hello` | trainer | protocol, job_id, site, rank, world_size, pid, host, token | accepted, reason, readers |
-| `task` | client job | number, name, round, total_rounds, model | |
+| `hello` | trainer | protocol, job_id, site, rank, world_size, pid, host, token | accepted, reason |
+| `task` | client job | number, name, round, total_rounds, model, readers | |
 | `cancel` | client job | number | |
 | `result` | trainer | number, error, model | accepted, reason |
 | `left` | trainer, before it says goodbye | number of the task that it took and did not answer, or -1 | |

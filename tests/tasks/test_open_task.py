@@ -10,16 +10,16 @@ import pytest
 from flarebus.cell import Payload
 from flarebus.model import FLModel
 from flarebus.pending import Pending
-from flarebus.server.open_task import Arrived, OpenTask
-from flarebus.server.tally import Tally
 from flarebus.slab import SlabPool
+from flarebus.tasks.open_task import Arrived, OpenTask, Parcel
+from flarebus.tasks.tally import Tally
 from flarebus.workflow.controller import Task
 
 POOL = SlabPool()
 SITES = ("a", "b", "c", "d", "e")
 
 
-class Parcel:
+class Message:
     """A delivery whose arrays come when the test says so."""
 
     nbytes = 4
@@ -33,14 +33,15 @@ class Parcel:
 
 def opened(in_order: bool = False, sites: Iterable[str] = SITES) -> OpenTask:
     tally = Tally(sites, 0, None, None, 0.0)
-    return OpenTask(1, Task("train", FLModel(), 0), tally, Payload(b"", None, None), sorted(sites), in_order)
+    parcel = Parcel(Task("train", FLModel(), 0), Payload(b"", None, None), sorted(sites))
+    return OpenTask(1, [parcel], tally, sorted(sites), in_order)
 
 
 def comes(task: OpenTask, site: str, here: bool = True) -> Arrived:
-    parcel = Parcel()
+    message = Message()
     if here:
-        parcel.arrays.set([])
-    arrived = Arrived(site, cast(Any, parcel), b"")
+        message.arrays.set([])
+    arrived = Arrived(site, cast(Any, message), b"")
     task.add(arrived)
     return arrived
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flarebus.server.roster import Roster
+from flarebus.tasks.roster import Roster
 
 
 def test_sites_are_reached_through_their_host_while_it_is_there() -> None:

@@ -1,4 +1,4 @@
-"""A filter as a job can carry it: by the path of its class, with arguments. An instance is described, never stored."""
+"""What a job carries by the path of its class, with arguments: filters, executors. Instances are described."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from flarebus.errors import ConfigError
 from flarebus.job.class_ref import ClassRef
 
-__all__ = ["check_filter"]
+__all__ = ["check_filter", "describe"]
 
 _DESCRIBE = 'give {"class_path": "pkg.mod.Class", "args": {...}} instead'
 # What no call by keyword can pass on.
@@ -33,34 +33,48 @@ def check_filter(value: object, code_dir: Path) -> ClassRef:
     Raises:
         ConfigError: it is neither, or the instance cannot be made again from its class and attributes.
     """
-    if isinstance(value, Mapping):
-        return ClassRef.parse(value, "filter")
-    if isinstance(value, type):
-        raise ConfigError("filter", value, f"an instance, not the class: {value.__name__}(...)")
-    if not callable(getattr(value, "process", None)):
+    if not isinstance(value, Mapping | type) and not callable(getattr(value, "process", None)):
         allowed = f'a Filter, or {{"class_path": ..., "args": ...}}; {type(value).__name__} has no method process'
         raise ConfigError("filter", value, allowed)
-    path, args = _path_of(value, code_dir), _arguments_of(value)
-    found = ClassRef.parse({"class_path": path, "args": args}, "filter")
+    return describe(value, "filter", code_dir)
+
+
+def describe(value: object, noun: str, code_dir: Path) -> ClassRef:
+    """A description of an object from which it can be made again.
+
+    Args:
+        value: `{"class_path", "args"}`, or an object that keeps its constructor's arguments as attributes.
+        noun: what it is, for errors.
+        code_dir: folder of the job's code.
+
+    Raises:
+        ConfigError: it cannot be made again from its class and attributes.
+    """
+    if isinstance(value, Mapping):
+        return ClassRef.parse(value, noun)
+    if isinstance(value, type):
+        raise ConfigError(noun, value, f"an instance, not the class: {value.__name__}(...)")
+    path, args = _path_of(value, noun, code_dir), _arguments_of(value, noun)
+    found = ClassRef.parse({"class_path": path, "args": args}, noun)
     for name, each in args.items():
         if _with_lists(each) != found.args[name]:
-            raise ConfigError(f"filter.{name}", each, f"is not the same in JSON; {_DESCRIBE}")
+            raise ConfigError(f"{noun}.{name}", each, f"is not the same in JSON; {_DESCRIBE}")
     return found
 
 
-def _path_of(value: object, code_dir: Path) -> str:
+def _path_of(value: object, noun: str, code_dir: Path) -> str:
     kind = type(value)
     module, name = kind.__module__, kind.__qualname__
     found: Any = sys.modules.get(module)
     for part in name.split("."):
         found = getattr(found, part, None)
     if found is not kind:
-        raise ConfigError("filter", value, f"{name} has no name in its module by which a site finds it; {_DESCRIBE}")
+        raise ConfigError(noun, value, f"{name} has no name in its module by which a site finds it; {_DESCRIBE}")
     if module == "__main__":
         main = _main_module(code_dir)
         if main is None:
             allowed = f"{name} is in the program itself, and that is no file in {code_dir}; {_DESCRIBE}"
-            raise ConfigError("filter", value, allowed)
+            raise ConfigError(noun, value, allowed)
         module = main
     return f"{module}:{name}" if "." in name else f"{module}.{name}"
 
@@ -78,22 +92,22 @@ def _main_module(code_dir: Path) -> str | None:
     return ".".join(parts) if all(part.isidentifier() for part in parts) else None
 
 
-def _arguments_of(value: object) -> dict[str, Any]:
+def _arguments_of(value: object, noun: str) -> dict[str, Any]:
     """What the constructor was called with, as far as the instance still knows."""
     kind = type(value)
     args = {}
     try:
         parameters = inspect.signature(kind).parameters
     except ValueError:
-        raise ConfigError("filter", value, f"{kind.__qualname__} does not say its arguments; {_DESCRIBE}") from None
+        raise ConfigError(noun, value, f"{kind.__qualname__} does not say its arguments; {_DESCRIBE}") from None
     for name, parameter in parameters.items():
         if parameter.kind in _UNNAMED:
             allowed = f"{kind.__qualname__} takes arguments that are {_UNNAMED[parameter.kind]} ({name}); {_DESCRIBE}"
-            raise ConfigError("filter", value, allowed)
+            raise ConfigError(noun, value, allowed)
         kept = [each for each in (name, f"_{name}") if hasattr(value, each)]
         if not kept:
             allowed = f"{kind.__qualname__} keeps its argument {name!r} neither as {name} nor as _{name}; {_DESCRIBE}"
-            raise ConfigError("filter", value, allowed)
+            raise ConfigError(noun, value, allowed)
         args[name] = getattr(value, kept[0])
     return args
 

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from flarebus.cell import Payload
+from flarebus.codec import decode
 from flarebus.delivery import Delivery
-from flarebus.errors import DecodeError
+from flarebus.errors import DecodeError, SourceLost
+from flarebus.model import FLModel
 from flarebus.pending import Pending
-from flarebus.server.tally import Tally
 from flarebus.slab import SlabPool
+from flarebus.tasks.tally import Tally
 from flarebus.workflow.controller import Task
+from flarebus.workflow.held import HeldModel
 
-__all__ = ["Arrived", "OpenTask", "named", "results_in"]
+__all__ = ["Arrived", "OpenTask", "Parcel", "named", "results_in"]
 
 
 class Arrived:
@@ -76,6 +80,32 @@ class Arrived:
         """Whether all of it is here, and nobody's death can take it away."""
         return self.delivery.is_here
 
+    @property
+    def lost_its_holder(self) -> bool:
+        """Whether its arrays could not be fetched because who held them is gone."""
+        return self.pulled is not None and isinstance(self.pulled.error(), SourceLost)
+
+    def model(self) -> FLModel:
+        """The model, from what was pulled.
+
+        Raises:
+            FlarebusError: it could not be fetched, or is none.
+        """
+        assert self.pulled is not None
+        model = decode(self.body, self.pulled.result())
+        if type(model) is not FLModel:
+            raise DecodeError("it is not an FLModel")
+        return model
+
+    def hold(self) -> HeldModel:
+        """The model where it is; its maker is answered when it is released.
+
+        Raises:
+            DecodeError: it is none, or cannot be read without its arrays.
+        """
+        message = self.delivery.message
+        return HeldModel(self.body, Payload(self.body, message.bundle, message.manifest), lambda: self.answer(None))
+
     def answer(self, refused: str | None) -> None:
         """Tell the site what became of it: if its message is its alone, its `send` may wait for that."""
         if self._tell is None:
@@ -84,20 +114,53 @@ class Arrived:
             self._tell(refused)
 
 
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A task, encoded once, and the sites that get it."""
+
+    task: Task
+    payload: Payload
+    sites: list[str]
+
+
 class OpenTask:
-    """The broadcast that runs now."""
+    """The broadcast that runs now.
+
+    Args:
+        number: it is the so-manyth of its owner.
+        parcels: what goes out; all of one name and one round.
+        tally: who has answered.
+        targets: the sites of all parcels, sorted.
+        in_order: use results in the order of `targets`.
+        fetch: whether results are fetched; otherwise they stay with their makers.
+        most_staged: results fetched at once; None leaves it to their bytes.
+        resumes: sites give what they answered to somebody else before.
+    """
 
     def __init__(
-        self, number: int, task: Task, tally: Tally, payload: Payload, targets: Sequence[str], in_order: bool
+        self,
+        number: int,
+        parcels: Sequence[Parcel],
+        tally: Tally,
+        targets: list[str],
+        in_order: bool,
+        fetch: bool = True,
+        most_staged: int | None = None,
+        resumes: bool = False,
     ) -> None:
         self.number = number
-        self.task = task
+        self.name = parcels[0].task.name if parcels else ""
+        self.round = parcels[0].task.round if parcels else 0
+        self.parcels = parcels
         self.tally = tally
-        self.payload = payload
         self.targets = targets
         self.in_order = in_order
+        self.fetch = fetch
+        self.resumes = resumes
         self.is_closing = False
-        self.nbytes = payload.nbytes + len(payload.body)
+        self.was_cancelled = False
+        self.nbytes = max((each.payload.nbytes + len(each.payload.body) for each in parcels), default=0)
+        self._most_staged = most_staged
         self.arrived: dict[str, Arrived] = {}
         """What has arrived and is not used yet; changed by the methods here only."""
         self.metrics: dict[str, dict[str, Any]] = {}
@@ -147,6 +210,11 @@ class OpenTask:
         self._staged[arrived.site] = arrived
 
     @property
+    def may_stage(self) -> bool:
+        """Whether one more may be fetched, as far as their number goes."""
+        return self._most_staged is None or len(self._staged) < self._most_staged
+
+    @property
     def is_staging(self) -> bool:
         """Whether a result is being fetched, or is here and not yet taken."""
         return bool(self._staged)
@@ -154,9 +222,13 @@ class OpenTask:
     def next_ready(self) -> Arrived | None:
         """A result that is here and whose turn it is."""
         if not self.in_order:
-            return next((arrived for arrived in self._staged.values() if arrived.is_here), None)
+            candidates = self._staged if self.fetch else self.arrived
+            return next((arrived for arrived in candidates.values() if self._is_ready(arrived)), None)
         arrived = self._next_in_order()
-        return arrived if arrived is not None and arrived.is_here else None
+        return arrived if arrived is not None and self._is_ready(arrived) else None
+
+    def _is_ready(self, arrived: Arrived) -> bool:
+        return arrived.is_here or not self.fetch
 
     def is_awaited(self, arrived: Arrived) -> bool:
         """Whether no other result can be used before this one."""
@@ -171,6 +243,12 @@ class OpenTask:
             if arrived is not None or (targets[index] in open_sites and not self.is_closing):
                 return arrived
         return None
+
+    def add_target(self, site: str) -> None:
+        """One more site gets what all get."""
+        self.targets.append(site)
+        self.parcels[0].sites.append(site)
+        self.tally.open.add(site)
 
     def waits_for(self, site: str) -> bool:
         """Whether an answer of `site` would count, and none has arrived."""

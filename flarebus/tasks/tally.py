@@ -22,13 +22,21 @@ class Tally:
         grace_s: seconds for the others once `needed` are there; None waits for all that are alive.
         timeout_s: seconds for everything; None is no limit.
         now: monotonic seconds.
+        newcomers: more sites may be asked later, so that it is never over for want of sites.
     """
 
     def __init__(
-        self, sites: Iterable[str], needed: int, grace_s: float | None, timeout_s: float | None, now: float
+        self,
+        sites: Iterable[str],
+        needed: int,
+        grace_s: float | None,
+        timeout_s: float | None,
+        now: float,
+        newcomers: bool = False,
     ) -> None:
         self.open = set(sites)
-        self.needed = needed or len(self.open)
+        self.needed = needed or (0 if newcomers else len(self.open))
+        self.newcomers = newcomers
         self.usable: set[str] = set()
         self.failed: dict[str, str] = {}
         """site -> why it does not count."""
@@ -54,7 +62,7 @@ class Tally:
 
     def is_over(self, now: float) -> bool:
         """Whether there is nothing more to wait for."""
-        if not self.open or len(self.usable) + len(self.open) < self.needed:
+        if not self.newcomers and (not self.open or len(self.usable) + len(self.open) < self.needed):
             return True
         deadline = self.deadline()
         return deadline is not None and now >= deadline

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flarebus.errors import QuorumNotReached
-from flarebus.server.tally import Tally
+from flarebus.tasks.tally import Tally
 
 SITES = ("a", "b", "c")
 

@@ -6,6 +6,7 @@ A *host* is the cell that runs the scripts of one or more sites: a client job, o
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = ["Roster"]
 
@@ -18,10 +19,16 @@ class Roster:
         self._present: set[str] = set()
         self._dead: dict[str, str] = {}
         self._external: set[str] = set()
+        self._takes: dict[str, int] = {}
 
-    def join(self, host: str, sites: Iterable[str], external: Iterable[str] = ()) -> None:
-        """`host` is there and runs `sites`, those of `external` in processes of their own."""
+    def join(self, host: str, sites: Iterable[str], external: Iterable[str] = (), takes: int = 0) -> None:
+        """`host` is there and runs `sites`, those of `external` in processes of their own.
+
+        Args:
+            takes: bytes of arrays that it takes along with a task.
+        """
         self._present.add(host)
+        self._takes[host] = takes
         for site in sites:
             self._host_of[site] = host
             self._dead.pop(site, None)
@@ -45,9 +52,18 @@ class Roster:
         """Whether `host` may speak for `site`."""
         return self._host_of.get(site) == host
 
+    def takes(self, host: str) -> int:
+        """Bytes of arrays that `host` takes along with a task."""
+        return self._takes.get(host, 0)
+
     def is_external(self, site: str) -> bool:
         """Whether the script of `site` runs in a trainer."""
         return site in self._external
+
+    @property
+    def external(self) -> list[str]:
+        """All sites whose scripts run in trainers, sorted."""
+        return sorted(self._external)
 
     def sites_of(self, host: str) -> list[str]:
         """The sites that `host` announced, sorted."""
@@ -80,3 +96,17 @@ class Roster:
             if host is not None:
                 found.setdefault(host, []).append(site)
         return found
+
+    def to_plain(self) -> dict[str, Any]:
+        """All of it, for a message."""
+        return {
+            "hosts": {
+                host: {
+                    "sites": self.sites_of(host),
+                    "external": [site for site in self.sites_of(host) if site in self._external],
+                    "takes": self.takes(host),
+                }
+                for host in self.hosts
+            },
+            "dead": self.dead,
+        }

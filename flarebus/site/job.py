@@ -1,0 +1,236 @@
+"""HostedJob: one site's part in a job, as its executor or controller sees it (`SiteJob`). With a thread of its own.
+
+What a site steers goes through the same desk as what a server does. The thread begins with the first call.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flarebus.cell import Cell
+from flarebus.errors import Closed, FlarebusError, JobAborted
+from flarebus.job.checkpoint import CheckpointStore
+from flarebus.model import FLModel
+from flarebus.site.call import SiteCall
+from flarebus.tasks.agenda import Agenda
+from flarebus.tasks.desk import Desk
+from flarebus.tasks.open_task import OpenTask
+from flarebus.tasks.parcels import Packer
+from flarebus.tasks.roster import Roster
+from flarebus.tasks.turns import Turns
+from flarebus.workflow.controller import Result, Task
+from flarebus.workflow.executor import Executor, SiteTask
+from flarebus.workflow.site_controller import SiteController
+
+__all__ = ["HostedJob", "JobFacts"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class JobFacts:
+    """What a host knows of the job.
+
+    Args:
+        name: of the job.
+        job_id: identity of this run.
+        server: address of the server job.
+        best_stem: name of the best model's file, without suffix.
+        code_dir: folder of its code.
+    """
+
+    name: str
+    job_id: str
+    server: str
+    best_stem: str
+    code_dir: str
+
+
+class HostedJob:
+    """The part of one site.
+
+    Args:
+        facts: about the job.
+        site: its name.
+        folder: of the site.
+        half: its executor or controller.
+        cell: the host's.
+        roster: who is where, as the server tells; kept by the owner, on this thread.
+        turn: held while an executor computes: one at a time has it in a process.
+    """
+
+    def __init__(
+        self,
+        facts: JobFacts,
+        site: str,
+        folder: Path,
+        half: Executor | SiteController,
+        cell: Cell,
+        roster: Roster,
+        turn: threading.Lock,
+    ) -> None:
+        self.site = site
+        self.folder = folder
+        self._facts = facts
+        self._half = half
+        self._cell = cell
+        self._roster = roster
+        self._turn = turn
+        self._agenda = Agenda()
+        self._calls: deque[SiteCall] = deque()
+        self.desk = Desk(cell, roster, self._agenda, self, Packer(cell, roster, facts.job_id, site, keeps=True), site)
+        self._turns = Turns(self.desk, roster, self._agenda, self)
+        self._models: CheckpointStore | None = None
+        self._kept: dict[str, Any] = {}
+        self._has_ended = False
+        self._thread = threading.Thread(target=self._run, name=f"flarebus job of {site}", daemon=True)
+
+    # -- what a controller calls; see `SiteJob` --
+
+    @property
+    def name(self) -> str:
+        """Name of the job."""
+        return self._facts.name
+
+    @property
+    def job_id(self) -> str:
+        """Identity of this run."""
+        return self._facts.job_id
+
+    @property
+    def sites(self) -> Sequence[str]:
+        """Sites that can be given work now."""
+        return self._roster.alive
+
+    def calls(self) -> Iterator[SiteCall]:
+        """Tasks as they come; see `SiteJob.calls`."""
+        while not self._has_ended:
+            if self._calls:
+                yield self._calls.popleft()
+            else:
+                self._agenda.take(None)
+
+    def broadcast(self, task: Task | Mapping[str, Task], **how: Any) -> Iterator[Result]:
+        """Give a task out and yield results; see `SiteJob.broadcast`."""
+        return self.desk.broadcast(task, **how)
+
+    def send(self, task: Task, sites: Sequence[str], **how: Any) -> Result:
+        """Give a task to the first site that is there; see `SiteJob.send`."""
+        return self._turns.send(task, sites, **how)
+
+    def relay(self, task: Task, sites: Sequence[str], **how: Any) -> Iterator[Result]:
+        """Give a task to one site after the other; see `SiteJob.relay`."""
+        return self._turns.relay(task, sites, **how)
+
+    def kept_params(self) -> dict[str, Any]:
+        """The model that was kept last; see `SiteJob.kept_params`."""
+        return self._kept
+
+    def pages(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Writable arrays on the pages of the next model file."""
+        return self._store().next_arrays(params)
+
+    def keep(self, params: dict[str, Any]) -> None:
+        """The model of this site from now on; see `SiteJob.keep`."""
+        store = self._store()
+        store.finish(params)
+        store.sync()
+        self._kept = params
+
+    def keep_best(self, params: dict[str, Any]) -> None:
+        """The best model of this site from now on; see `SiteJob.keep_best`."""
+        store = self._store()
+        store.save_best(params)
+        store.sync()
+
+    def fire(self, event: str, **fields: Any) -> None:
+        """Tell the server; see `SiteJob.fire`. Also what the desk tells of its tasks."""
+        report = {"site": self.site, "event": event, "fields": fields}
+        self._cell.notify(self._facts.server, "task", "report", report)
+
+    def task_closed(self, open_task: OpenTask) -> None:
+        """See `DeskOwner`: what became of each site is in the reports."""
+
+    def site_answered(self, site: str) -> None:
+        """See `DeskOwner`: whose worker is taken down too often is the server's business."""
+
+    # -- from the host, on any thread --
+
+    def call(self, call: SiteCall) -> None:
+        """A task came."""
+        self._agenda.post(lambda: self._calls.append(call))
+        self._begin()
+
+    def heard(self, event: Callable[[Roster, Desk], None]) -> None:
+        """Something is new about the other sites: change the roster, and tell the desk."""
+        self._agenda.post(lambda: event(self._roster, self.desk))
+
+    def end(self, reason: str) -> None:
+        """The job has ended: what runs is cut short."""
+
+        def note() -> None:
+            self._has_ended = True
+
+        self._agenda.post(note)
+        if self._thread.is_alive():
+            self._agenda.abort(reason)
+
+    def wait_ended(self, timeout: float) -> bool:
+        """Wait until the thread has ended; False if the time was up first."""
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _begin(self) -> None:
+        with suppress(RuntimeError):  # it has begun
+            self._thread.start()
+
+    # -- on its thread --
+
+    def _run(self) -> None:
+        try:
+            if isinstance(self._half, Executor):
+                self._execute_all(self._half)
+            else:
+                self._half.run(self)
+        except (JobAborted, Closed):
+            log.debug("%s: the job has ended", self.site)
+        except Exception as error:  # it is somebody else's code; the server hears what it was, and ends the job
+            log.exception("the controller of %s failed", self.site)
+            reason = str(error) if isinstance(error, FlarebusError) else f"{type(error).__name__}: {error}"
+            with suppress(Closed):
+                self.fire("controller_failed", reason=reason)
+        finally:
+            self._close()
+
+    def _execute_all(self, executor: Executor) -> None:
+        for call in self.calls():
+            task = SiteTask(call.name, call.round, call.total_rounds, call.model, self.site, self.job_id, self.folder)
+            try:
+                with self._turn:
+                    answer = executor.execute(task)
+                if not isinstance(answer, FLModel):
+                    raise TypeError(f"execute() returned an object of type {type(answer).__name__}, not an FLModel")
+                call.answer(answer)
+            except Exception as error:  # the reason travels; the site goes on
+                log.exception("%s: task %s failed", self.site, call.name)
+                call.fail(f"{type(self._half).__name__}: {type(error).__name__}: {error}")
+
+    def _close(self) -> None:
+        self._has_ended = True
+        self.desk.close()
+        self._agenda.close()
+        if self._models is not None:
+            self._models.close()
+
+    def _store(self) -> CheckpointStore:
+        if self._models is None:
+            self._models = CheckpointStore(self.folder / "models", f"{self._facts.best_stem}.safetensors")
+        return self._models

@@ -1,0 +1,3 @@
+"""Tasks on their way: who has answered, what is fetched. The same for whoever steers, server or site."""
+
+__all__: list[str] = []

@@ -1,0 +1,55 @@
+"""HeldModel: a model that stays with whoever made it, for passing on. Whoever gets it in the end fetches it there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flarebus.cell import Payload
+from flarebus.codec import edit_model
+from flarebus.errors import DecodeError
+from flarebus.model import FLModel
+
+__all__ = ["HeldModel"]
+
+
+class HeldModel:
+    """A result whose arrays were not fetched. In a `Task` it goes on to other sites, which fetch them from the holder.
+
+    Args:
+        body: the encoded model.
+        payload: where its arrays are.
+        release: told when nobody needs them any more.
+
+    Raises:
+        DecodeError: what is around the parameters cannot be read without them.
+    """
+
+    def __init__(self, body: bytes, payload: Payload, release: Callable[[], None]) -> None:
+        self._body = body
+        self._payload = payload
+        self._release: Callable[[], None] | None = release
+        self.around = FLModel()
+        """Metrics, meta and rounds of the model; no parameters."""
+        if edit_model(body, self._look) is None:
+            raise DecodeError("its metrics or meta hold arrays")
+
+    def _look(self, model: FLModel) -> FLModel:
+        self.around = model
+        return model
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        return self._payload.nbytes
+
+    def payload_around(self, model: FLModel) -> Payload:
+        """Its parameters with what is around those of `model`, for a message."""
+        body = edit_model(self._body, lambda _: model)
+        assert body is not None  # it could be read
+        return Payload(body, self._payload.bundle, self._payload.manifest)
+
+    def release(self) -> None:
+        """Nobody will fetch it any more: the holder may forget it. Idempotent."""
+        release, self._release = self._release, None
+        if release is not None:
+            release()
