@@ -20,7 +20,7 @@ from typing import Any
 
 from flarebus.errors import DecodeError, UsageError
 
-__all__ = ["CommittedRound", "Journal", "append_lines", "append_metrics"]
+__all__ = ["CommittedRound", "Journal", "append_lines", "append_metrics", "json_text"]
 
 _VERSION = 1
 _SCHEMA = """
@@ -111,7 +111,7 @@ class Journal:
         Raises:
             UsageError: it is not the round after the last one.
         """
-        row = (number, model, _json(metrics), _json(list(accepted)), committed_at)
+        row = (number, model, json_text(metrics), json_text(list(accepted)), committed_at)
         with self._translated():
             last = self._last_round()
             if number != (0 if last is None else last + 1):
@@ -163,7 +163,7 @@ def append_metrics(path: Path, record: Mapping[str, Any]) -> None:
     Raises:
         OSError: the disk is full; the file is as it was.
     """
-    append_lines(path, [_json(record)])
+    append_lines(path, [json_text(record)])
 
 
 def append_lines(path: Path, lines: Sequence[str]) -> None:
@@ -183,7 +183,8 @@ def append_lines(path: Path, lines: Sequence[str]) -> None:
             raise
 
 
-def _json(value: Any) -> str:
+def json_text(value: Any) -> str:
+    """Anything as JSON: NaN and infinities become null, arrays with one number that number, the rest its text."""
     return json.dumps(_plain(value), allow_nan=False)
 
 

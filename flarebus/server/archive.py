@@ -19,6 +19,7 @@ from flarebus.job.definition import JobDefinition
 from flarebus.job.journal import Journal, append_metrics
 from flarebus.job.keras_models import export_keras
 from flarebus.job.kinds import FrameworkType
+from flarebus.job.report import write_report
 from flarebus.job.tensor_file import load_params
 from flarebus.server.site_metrics import MetricFile
 
@@ -124,6 +125,10 @@ class Archive:
     def site_records(self, records: list[dict[str, Any]]) -> None:
         """Keep metric records that sites sent; a disk that does not take them costs records, never the job."""
         self._site_metrics.write(records)
+
+    def report(self, path: str, report: Mapping[str, Any]) -> Path:
+        """Keep a report of the workflow; see `Job.save_report`."""
+        return write_report(self._folder, path, report)
 
     def close(self, state: str, reason: str | None) -> None:
         """The job has ended: finish the last commit, note the end, and leave plain files behind.

@@ -158,6 +158,10 @@ class ServerJob:
         """Keep a model that sites have made; see `Job.keep`."""
         self._archive.keep(params, best)
 
+    def save_report(self, path: str, report: Mapping[str, Any]) -> None:
+        """Write a report into the server's folder."""
+        log.info("report written to %s", self._archive.report(path, report))
+
     def fire(self, event: str, **fields: Any) -> None:
         """Tell the listener."""
         if self._on_event is not None:

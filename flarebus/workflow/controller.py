@@ -226,6 +226,18 @@ class Job(Protocol):
     def keep(self, params: Params, *, best: bool = False) -> None:
         """Keep a model that no round of the server made as the last one, or as the best; durable when it returns."""
 
+    def save_report(self, path: str, report: Mapping[str, Any]) -> None:
+        """Write a report as JSON into the server's folder of the run, whole or not at all; it replaces an older one.
+
+        Args:
+            path: relative to that folder, such as `statistics/report.json`.
+            report: NaN and infinities in it become null.
+
+        Raises:
+            ConfigError: `path` leads out of the folder.
+            OSError: the disk is full.
+        """
+
     def fire(self, event: str, **fields: Any) -> None:
         """Tell whoever listens that something happened: `round_started`, `result_accepted` and `round_committed` come
         by themselves, `before_aggregation` and `after_aggregation` from a workflow that aggregates."""
