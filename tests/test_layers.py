@@ -37,7 +37,7 @@ LAYERS: list[tuple[str, list[str]]] = [
         ],
     ),
     ("pipes", ["pipes"]),
-    ("jobs and workflows", ["job", "workflow", "tracking"]),
+    ("jobs and workflows", ["job", "workflow", "tracking", "statistics"]),
     ("client", ["client"]),
     ("tasks", ["tasks"]),
     ("site", ["site"]),

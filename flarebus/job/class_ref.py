@@ -82,15 +82,23 @@ class ClassRef:
             ConfigError: no such module or class, or one of them raised; the cause is chained.
         """
         with code_folder_first(code_dir):
-            made = self._find(code_dir, parameter)
-            try:
-                return made(**self.args)
-            except Exception as error:
-                raise ConfigError(
-                    f'{parameter}["args"]', dict(self.args), f"{self.class_path} raised {type(error).__name__}: {error}"
-                ) from error
+            return self.make(parameter)
 
-    def _find(self, code_dir: Path, parameter: str) -> Any:
+    def make(self, parameter: str) -> Any:
+        """The same wherever imports look now: for a class whose description is an argument of one that is being built.
+
+        Raises:
+            ConfigError: see `build`.
+        """
+        made = self._find(parameter)
+        try:
+            return made(**self.args)
+        except Exception as error:
+            raise ConfigError(
+                f'{parameter}["args"]', dict(self.args), f"{self.class_path} raised {type(error).__name__}: {error}"
+            ) from error
+
+    def _find(self, parameter: str) -> Any:
         parameter = f'{parameter}["class_path"]'
         match = _CLASS_PATH.fullmatch(self.class_path)
         if match is None:
@@ -99,7 +107,7 @@ class ClassRef:
         try:
             found: Any = importlib.import_module(module)
         except ModuleNotFoundError as error:
-            where = f"looked in {code_dir} and on the Python path"
+            where = f"looked in {sys.path[0]} and on the Python path"
             raise ConfigError(parameter, self.class_path, f"no module named {error.name}; {where}") from error
         except Exception as error:
             said = f"importing {module} raised {type(error).__name__}: {error}"

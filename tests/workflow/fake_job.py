@@ -77,7 +77,7 @@ class FakeJob:
         targets = list(self.sites if sites is None else sites)
         self.rounds_done.append(Round(task, targets, {"min_responses": min_responses, **how}))
         refused = self.rounds_done[-1].refused
-        arriving = targets if how["in_order"] else self._order.sample(targets, len(targets))
+        arriving = targets if how.get("in_order") else self._order.sample(targets, len(targets))
         failed = {}
         for site in arriving:
             model = self._answer(site, task.round, task.model.params or {})
