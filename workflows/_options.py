@@ -12,7 +12,17 @@ import click
 
 from flarebus.errors import ConfigError
 
-__all__ = ["Option", "Options", "SectionedCommand", "json_object", "of_the_algorithm", "option_of", "with_options"]
+__all__ = [
+    "Option",
+    "Options",
+    "SectionedCommand",
+    "json_object",
+    "of_the_algorithm",
+    "option_of",
+    "section",
+    "site_names",
+    "with_options",
+]
 
 Option = Callable[[Callable[..., Any]], Callable[..., Any]]
 """A decorator that adds one option to a command."""
@@ -62,7 +72,7 @@ class Options:
         return self.min_clients or self.clients_per_round or len(self.clients)
 
 
-def _site_names(text: str) -> tuple[str, ...]:
+def site_names(text: str) -> tuple[str, ...]:
     """A number of sites, or their names with commas between."""
     if not text.lstrip("-").isdigit():
         return tuple(name.strip() for name in text.split(","))
@@ -111,16 +121,17 @@ class SectionedCommand(click.Command):
                 formatter.write_dl(records)
 
 
-def _section(heading: str) -> Callable[..., Option]:
+def section(heading: str) -> Callable[..., Option]:
+    """Makes options that stand under `heading` in the help of a `SectionedCommand`."""
     return functools.partial(click.option, cls=_SectionOption, section=heading)
 
 
-_what = _section("What to train")
-_who = _section("Who takes part")
-_how = _section("How it goes")
-_where = _section("Where it goes and what is shown")
+_what = section("What to train")
+_who = section("Who takes part")
+_how = section("How it goes")
+_where = section("Where it goes and what is shown")
 
-of_the_algorithm = _section("The algorithm")
+of_the_algorithm = section("The algorithm")
 """Makes an option that sets the parameter of its name in the recipe of one algorithm; None leaves the default."""
 
 _OPTIONS = (
@@ -140,7 +151,7 @@ _OPTIONS = (
     _what("--command", metavar="TEXT", help="What starts that process, such as 'torchrun'. Implies --external."),
     _what("--pipe", type=_pipe, metavar="NAME|JSON",
           help="The link to that process: cell, file, ... Implies --external. Default: cell."),
-    _who("--clients", type=_site_names, metavar="N|NAMES", default="4", show_default=True,
+    _who("--clients", type=site_names, metavar="N|NAMES", default="4", show_default=True,
          help="How many sites, or their names: a,b,c."),
     _who("--min-clients", type=int, metavar="N", help="Results a round needs. Default: one from every site asked."),
     _who("--clients-per-round", type=int, metavar="N", help="Sites drawn anew for each round. Default: all."),

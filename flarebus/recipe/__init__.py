@@ -7,6 +7,7 @@ from flarebus.recipe.env import ExecEnv
 from flarebus.recipe.fedavg import FedAvgRecipe
 from flarebus.recipe.fedopt import FedOptRecipe
 from flarebus.recipe.fedprox import FedProxRecipe
+from flarebus.recipe.fedstats import FedStatsRecipe
 from flarebus.recipe.recipe import Recipe
 from flarebus.recipe.run import Run
 from flarebus.recipe.scaffold import ScaffoldRecipe
@@ -23,6 +24,7 @@ __all__ = [
     "FedAvgRecipe",
     "FedOptRecipe",
     "FedProxRecipe",
+    "FedStatsRecipe",
     "Filter",
     "FilterTask",
     "FrameworkType",
