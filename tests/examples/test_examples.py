@@ -127,10 +127,29 @@ def test_trainers_of_other_libraries(name: str) -> None:
         assert "round 2: received accuracy 0." in (run_dir / site / "log.txt").read_text()
 
 
+@pytest.mark.parametrize(("number", "has_histogram"), [(0, True), (1, False)], ids=["plain", "too many bins"])
+def test_federated_statistics(number: int, has_histogram: bool) -> None:
+    """The means are those of all irises; a histogram with too many bins is left out, and why is told."""
+    run_dir, _ = run("federated_statistics", commands(EXAMPLES / "federated_statistics" / "README.md")[number])
+
+    folder = run_dir / "server" / "statistics"
+    report = json.loads((folder / "irises.json").read_text())
+    names = ["sepal_length", "sepal_width", "petal_length", "petal_width"]
+    for name, column in zip(names, load_iris().data.T, strict=True):
+        found = {statistic: rows["Global"]["garden"] for statistic, rows in report[name].items()}
+        assert found["count"] == 150
+        assert found["mean"] == pytest.approx(column.mean(), abs=0.05)
+        assert ("histogram" in found) is has_histogram
+    assert sum(report[name]["failure_count"]["Global"]["garden"] for name in names) > 0
+    assert (folder / "irises.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "irises_left_out.json").exists() is not has_histogram
+
+
 def test_every_example_is_run() -> None:
     """No command in a README of an example is left untested."""
     assert {readme.parent.name: len(commands(readme)) for readme in EXAMPLES.glob("*/README.md")} == {
         "custom_pipe": 4,  # in test_custom_pipe
+        "federated_statistics": 2,
         "hello_huggingface": 1,
         "hello_lightning": 1,
         "hello_numpy": 2,
