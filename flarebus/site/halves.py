@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from flarebus.message import Buffer
 from flarebus.site.call import SiteCall
 from flarebus.site.job import HostedJob, JobFacts
 from flarebus.site.ticket import Ticket
+from flarebus.site.turn import Turn, Turnstile
 from flarebus.slab import SlabPool
 from flarebus.tasks.desk import Desk
 from flarebus.tasks.roster import Roster
@@ -33,13 +33,14 @@ class SiteHalves:
     Args:
         facts: about the job.
         cell: the host's.
+        turnstile: one at a time computes in a process, be it a script or an executor.
     """
 
-    def __init__(self, facts: JobFacts, cell: Cell) -> None:
+    def __init__(self, facts: JobFacts, cell: Cell, turnstile: Turnstile) -> None:
         self._facts = facts
         self._cell = cell
         self._pool = SlabPool()
-        self._turn = threading.Lock()
+        self._turnstile = turnstile
         self._jobs: dict[str, list[tuple[ExecutorRef, HostedJob]]] = {}
         # As the server told last; what it tells it may be asked for before a job's own thread has heard it.
         self._peers = frozenset[str]()
@@ -57,7 +58,8 @@ class SiteHalves:
         jobs = self._jobs.setdefault(site, [])
         for ref in refs:
             half = load_executor(ref.ref, code_dir)
-            jobs.append((ref, HostedJob(self._facts, site, folder, half, self._cell, Roster(), self._turn)))
+            turn = Turn(self._turnstile, self._turnstile.place_for(site, str(folder), str(code_dir)))
+            jobs.append((ref, HostedJob(self._facts, site, folder, half, self._cell, Roster(), turn)))
 
     def may_give(self, source: str) -> bool:
         """Whether the cell `source` may give tasks to sites of this host."""

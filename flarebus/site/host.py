@@ -107,7 +107,7 @@ class SiteHost:
         self._others: list[str] = []
         log_text = None if log_config is None else log_config.text
         ground = Ground(cell, facts.job_id, endpoint, trainer_keys, log_text, self._send_records)
-        self._halves = SiteHalves(facts, cell)
+        self._halves = SiteHalves(facts, cell, self._turnstile)
         for site in sites:
             self._logs.add(site.name, site.folder / "log.txt")
             self._halves.add(site.name, site.folder, site.config.executors, self._code_dir(site))

@@ -19,6 +19,7 @@ from flarebus.errors import Closed, FlarebusError, JobAborted
 from flarebus.job.checkpoint import CheckpointStore
 from flarebus.model import FLModel
 from flarebus.site.call import SiteCall
+from flarebus.site.turn import Turn
 from flarebus.tasks.agenda import Agenda
 from flarebus.tasks.desk import Desk
 from flarebus.tasks.open_task import OpenTask
@@ -63,7 +64,7 @@ class HostedJob:
         half: its executor or controller.
         cell: the host's.
         roster: who is where, as the server tells; kept by the owner, on this thread.
-        turn: held while an executor computes: one at a time has it in a process.
+        turn: of this process, taken while an executor computes.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class HostedJob:
         half: Executor | SiteController,
         cell: Cell,
         roster: Roster,
-        turn: threading.Lock,
+        turn: Turn,
     ) -> None:
         self.site = site
         self.folder = folder
@@ -211,6 +212,7 @@ class HostedJob:
             self._close()
 
     def _execute_all(self, executor: Executor) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         for call in self.calls():
             task = SiteTask(call.name, call.round, call.total_rounds, call.model, self.site, self.job_id, self.folder)
             try:
@@ -225,6 +227,7 @@ class HostedJob:
 
     def _close(self) -> None:
         self._has_ended = True
+        self._turn.leave()
         self.desk.close()
         self._agenda.close()
         if self._models is not None:

@@ -23,7 +23,7 @@ from types import ModuleType, TracebackType
 from flarebus.client.engine import Seat
 from flarebus.site.randomness import RandomStates
 
-__all__ = ["Away", "Place", "Turnstile"]
+__all__ = ["Away", "Place", "Turn", "Turnstile"]
 
 
 class Place:
@@ -35,17 +35,21 @@ class Place:
         path: its ``sys.path``. Modules that lie directly in its first folder are the script's siblings: scripts of that
             folder share them, scripts of other folders have their own of the same names.
         main: the module that is ``__main__``.
-        seat: whose code runs, for threads that cannot be told apart otherwise; None for the process itself.
+        seat: whose code runs, for threads that cannot be told apart otherwise; None where there is no script.
+        site: whose code runs without a seat; "" for the process itself.
     """
 
-    __slots__ = ("argv", "closed", "folder", "main", "path", "random", "seat", "source")
+    __slots__ = ("argv", "closed", "folder", "main", "path", "random", "seat", "site", "source")
 
-    def __init__(self, argv: list[str], folder: str, path: list[str], main: ModuleType, seat: Seat | None) -> None:
+    def __init__(
+        self, argv: list[str], folder: str, path: list[str], main: ModuleType, seat: Seat | None, site: str = ""
+    ) -> None:
         self.argv = argv
         self.folder = folder
         self.path = path
         self.main = main
         self.seat = seat
+        self.site = site if seat is None else seat.engine.site_name
         self.source = path[0] if path else ""
         self.random = RandomStates()
         self.closed = False
@@ -70,6 +74,32 @@ class Away:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._turnstile.take(self._place)
+
+
+class Turn:
+    """The context in which code that is no script has the turn. May be entered again and again, until it leaves."""
+
+    __slots__ = ("_place", "_turnstile")
+
+    def __init__(self, turnstile: Turnstile, place: Place) -> None:
+        self._turnstile = turnstile
+        self._place = place
+
+    def __enter__(self) -> None:
+        try:
+            self._turnstile.take(self._place)
+        except OSError:
+            self._turnstile.give_up(self._place)
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._turnstile.give_up(self._place)
+
+    def leave(self) -> None:
+        """There is nothing more to do for it."""
+        self._turnstile.leave(self._place)
 
 
 class Turnstile:
@@ -108,6 +138,10 @@ class Turnstile:
         """The script that has the turn; the fallback of `flarebus.client.engine.set_fallback`."""
         holder = self._holder
         return None if holder is None else holder.seat
+
+    def place_for(self, site: str, folder: str, source: str) -> Place:
+        """A place for code of `site` that is no script: as the process is, but for its folder and its first imports."""
+        return Place(list(self._base.argv), folder, [source, *self._base.path], self._base.main, None, site)
 
     def away(self, place: Place) -> Away:
         """The context in which `place` waits for something else than its turn; may be entered again and again."""
@@ -197,7 +231,7 @@ class Turnstile:
 
     def _give_to(self, place: Place) -> None:
         self._holder = place
-        self._tell("" if place.seat is None else place.seat.engine.site_name)
+        self._tell(place.site)
 
     def _tell(self, site: str) -> None:
         if self._on_turn is not None:

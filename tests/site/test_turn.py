@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from flarebus.client.engine import Seat
-from flarebus.site.turn import Place, Turnstile
+from flarebus.site.turn import Place, Turn, Turnstile
 from tests.client.fake_engine import LIMIT_S, FakeEngine
 
 
@@ -302,6 +302,36 @@ def seed() -> None:
     random.seed(7)
     np.random.seed(7)
     torch.manual_seed(7)
+
+
+def test_code_that_is_no_script_has_its_turns_too(tmp_path: Path) -> None:
+    """In the folder of its site, with its own code first; the host hears of the site, and finds all as it was."""
+    before = (sys.argv, os.getcwd(), sys.path, sys.modules["__main__"])
+    told: list[str] = []
+    turnstile = Turnstile(told.append)
+    (tmp_path / "site").mkdir()
+    turn = Turn(turnstile, turnstile.place_for("site-1", str(tmp_path / "site"), str(tmp_path / "code")))
+
+    for _ in range(2):
+        with turn:
+            assert (os.getcwd(), sys.path[0]) == (str(tmp_path / "site"), str(tmp_path / "code"))
+            assert sys.modules["__main__"] is before[3]
+            assert turnstile.holder_seat() is None
+        assert turnstile.holder is None
+    turn.leave()
+
+    assert told == ["site-1", "", "site-1", ""]
+    assert (sys.argv, os.getcwd(), sys.path, sys.modules["__main__"]) == before
+
+
+def test_turn_without_a_folder_is_given_up(turnstile: Turnstile, tmp_path: Path) -> None:
+    """The next one gets it."""
+    turn = Turn(turnstile, turnstile.place_for("site-1", str(tmp_path / "gone"), str(tmp_path)))
+
+    with pytest.raises(FileNotFoundError), turn:
+        pass
+
+    assert turnstile.holder is None
 
 
 def test_random_generators_are_each_scripts_own(turnstile: Turnstile, tmp_path: Path) -> None:

@@ -13,6 +13,9 @@ from flarebus.errors import JobFailed
 from flarebus.recipe import FedStatsRecipe, SimEnv
 
 TABLES = """
+import os
+import signal
+
 import numpy as np
 
 from flarebus.statistics import ColumnStatistics, StatisticsPrivacyCleanser
@@ -26,6 +29,8 @@ class Tables(ColumnStatistics):
         fault = self.faults.get(site_name)
         if fault == "raise":
             raise OSError("the disk of the clinic is broken")
+        if fault == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
         n = 5 if fault == "few" else 100
         return {"d": {"x": np.arange(n) + 10.0 * int(site_name[-1])}}
 
@@ -89,6 +94,15 @@ def test_sites_that_cannot_answer_are_left_out(tmp_path: Path) -> None:
     assert left_out["site-3"]["d"]["x"]["count"] == "fewer than 10 values"
     log = (server / "log.txt").read_text()
     assert "the disk of the clinic is broken" in log
+
+
+@pytest.mark.usefixtures("_here")
+def test_site_that_takes_its_worker_down_takes_no_other_with_it(tmp_path: Path) -> None:
+    """It is given up after three times; the other site of its worker is asked again, and answers."""
+    _, report, left_out = run(tmp_path, {"site-2": "die"}, min_clients=3, wait_time_after_min_received=60)
+
+    assert set(report["x"]["count"]) == {"site-1", "site-3", "site-4", "Global"}
+    assert set(left_out) == {"site-2"}
 
 
 @pytest.mark.usefixtures("_here")
