@@ -126,11 +126,11 @@ class AdapterParams(ModuleParams):
     """
 
     def _state(self, module: nn.Module) -> dict[str, Any]:
-        found: dict[str, Any] = _import_peft().get_peft_model_state_dict(module)
+        found: dict[str, Any] = _import_peft().get_peft_model_state_dict(module, adapter_name=module.active_adapter)
         return found
 
     def _put(self, module: nn.Module, tensors: dict[str, Any]) -> None:
-        _import_peft().set_peft_model_state_dict(module, tensors)
+        _import_peft().set_peft_model_state_dict(module, tensors, adapter_name=module.active_adapter)
 
 
 def _import_peft() -> Any:

@@ -192,12 +192,16 @@ def test_a_round_is_as_long_as_patch_says(
     assert (trainer.args.num_train_epochs, trainer.args.max_steps) == (5, -1)
 
 
-def test_a_round_that_was_stopped_early_is_gone_on_from(job: FakeEngine, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("strategy", "expected"), [("steps", [2, 3 * N_STEPS]), ("epoch", [2 * N_STEPS, 3 * N_STEPS])])
+def test_a_round_that_was_stopped_early_is_gone_on_from(
+    job: FakeEngine, tmp_path: Path, strategy: str, expected: list[int]
+) -> None:
     """What another callback stops for is a whole result, and the next round has its full length."""
     trainer = make(
         tmp_path,
         more={"callbacks": [EarlyStoppingCallback(early_stopping_patience=1)]},
-        eval_strategy="steps",
+        num_train_epochs=3,
+        eval_strategy=strategy,
         eval_steps=1,
         metric_for_best_model="loss",
         greater_is_better=True,  # it is not: every evaluation after the first is worse
@@ -211,7 +215,7 @@ def test_a_round_that_was_stopped_early_is_gone_on_from(job: FakeEngine, tmp_pat
         trainer.callback_handler.callbacks = [
             each for each in trainer.callback_handler.callbacks if not isinstance(each, EarlyStoppingCallback)
         ]
-    assert steps == [2, N_STEPS]
+    assert steps == expected
 
 
 @pytest.mark.parametrize(("said", "kept"), [(None, 2), (1, 1)])
@@ -430,6 +434,31 @@ def test_only_known_versions_of_transformers(version: str, fits: bool) -> None:
     else:
         with pytest.raises(ConfigError, match=r"from 4\.40, below 6"):
             _check_version(version)
+
+
+def test_of_a_peft_model_the_adapter_travels(job: FakeEngine, tmp_path: Path) -> None:
+    """What is frozen stays here; the names are those of an adapter in a file."""
+    peft = pytest.importorskip("peft")
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line = nn.Linear(1, 1)
+
+        def forward(self, x: Any, labels: Any = None) -> dict[str, Any]:
+            return {"loss": (self.line(x.reshape(-1, 1)) - 3).square().sum(), "logits": x}
+
+    model = peft.get_peft_model(Net(), peft.LoraConfig(r=1, target_modules=["line"]))
+    start = {name: value.clone() + 1 for name, value in peft.get_peft_model_state_dict(model).items()}
+    trainer = make(tmp_path, model)
+    flare.patch(trainer, restore_state=False)
+    job.give(FLModel(params=start))
+    trainer.train()
+
+    answer = job.next_answer()
+    assert answer.params is not None
+    assert answer.params.keys() == start.keys()
+    assert any(bool((answer.params[name] != start[name]).any()) for name in start)
 
 
 # --- algorithms
