@@ -110,9 +110,9 @@ def _command(**options: Any) -> int:
     begin = time.monotonic()
     # With --json, standard output belongs to the program that reads it.
     console = Terminal(stderr=options["as_json"], highlight=False)
-    found: dict[str, Any] = {"workflow": "statistics", "state": "completed"}
+    found: dict[str, Any] = {"workflow": "statistics", "state": "aborted"}
     try:
-        found |= _run(options, console)
+        found |= _run(options, console) | {"state": "completed"}
     except FlarebusError as error:
         found |= {"state": "failed", "reason": error.reason if isinstance(error, JobFailed) else str(error)}
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,8 @@ def test_the_tumours(tmp_path: Path) -> None:
 
 
 TABLES = """
+import threading
+
 from flarebus.statistics import ColumnStatistics
 
 
@@ -42,6 +45,16 @@ class Tables(ColumnStatistics):
 
     def load(self, site_name):
         return {"d": {"x": range(self.size)}}
+
+
+class Broken(Tables):
+    def load(self, site_name):
+        raise OSError("the disk is broken")
+
+
+class Endless(Tables):
+    def load(self, site_name):
+        threading.Event().wait()
 """
 
 
@@ -62,6 +75,42 @@ def test_a_generator_of_ones_own(tmp_path: Path) -> None:
             "mean": {"berlin": {"d": 49.0}, "paris": {"d": 49.0}, "Global": {"d": 49.0}},
         }
     }
+
+
+def own(tmp_path: Path, name: str) -> subprocess.Popen[str]:
+    """The program with a generator of TABLES, at two sites."""
+    tmp_path.joinpath("my_tables.py").write_text(TABLES)
+    argv = ["--generator", f"my_tables:{name}", "--generator-args", '{"size": 99}', "--clients", "2"]
+    command = [sys.executable, "-m", "workflows.statistics", *argv, "--workspace", str(tmp_path / "runs"), "--json"]
+    return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_job_that_fails_says_why(tmp_path: Path) -> None:
+    """Exit code 1, the reason in a line and in the JSON, and no traceback."""
+    with own(tmp_path, "Broken") as process:
+        out, err = process.communicate(timeout=100)
+
+    assert process.returncode == 1
+    assert json.loads(out)["state"] == "failed"
+    assert "StatisticsExecutor: OSError: the disk is broken" in json.loads(out)["reason"]
+    assert "error: " in err
+    assert "Traceback" not in err
+
+
+def test_interrupt_ends_the_job(tmp_path: Path) -> None:
+    """Ctrl-C while a site loads: exit code 130, and the JSON line says that it was aborted."""
+    with own(tmp_path, "Endless") as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("pass 1"):
+                break
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=100)
+
+    assert process.returncode == 130, err
+    assert json.loads(out)["state"] == "aborted"
+    assert err.endswith("stopped\n")
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(
