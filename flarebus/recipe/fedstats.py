@@ -19,7 +19,7 @@ from flarebus.job.site_config import SiteConfig
 from flarebus.plugins import origin_of
 from flarebus.recipe.described import describe
 from flarebus.recipe.recipe import Recipe
-from flarebus.recipe.validate import check_clients
+from flarebus.recipe.validate import check_site_name
 from flarebus.statistics import (
     AddNoiseToMinMax,
     HistogramBinsCleanser,
@@ -99,44 +99,27 @@ class FedStatsRecipe(Recipe):
         min_clients: int | None = None,
         enable_pre_run_task: bool = True,
     ) -> None:
-        settings = {
-            "statistic_configs": StatisticConfigs.parse(statistic_configs).to_json(),
-            "stats_output_path": check_report_path("stats_output_path", stats_output_path),
-            "wait_time_after_min_received": check_number(
-                "wait_time_after_min_received", wait_time_after_min_received, minimum=0.0
-            ),
-            "result_wait_timeout": None
-            if result_wait_timeout is None
-            else check_number("result_wait_timeout", result_wait_timeout, above=0.0),
-            "precision": None if precision is None else check_int("precision", precision, 0),
-            "min_clients": None if min_clients is None else check_int("min_clients", min_clients, 1),
-            "enable_pre_run_task": check_flag("enable_pre_run_task", enable_pre_run_task),
-        }
+        settings = _settings(dict(locals()))  # before any other local: exactly the parameters
         code_dir = _code_dir()
-        builtin = (
+        limits = (
             MinCountCleanser(min_count),
             AddNoiseToMinMax(min_noise_level, max_noise_level),
             HistogramBinsCleanser(max_bins_percent),
         )
-        executor = {
+        args = {
             "generator": _described(stats_generator, Statistics, "stats_generator", code_dir),
             "cleansers": [
-                _described(each, StatisticsPrivacyCleanser, "cleansers", code_dir) for each in (*builtin, *cleansers)
+                _described(each, StatisticsPrivacyCleanser, "cleansers", code_dir) for each in (*limits, *cleansers)
             ],
         }
-        config = SiteConfig(
-            framework=FrameworkType.NUMPY,
-            executors=(ExecutorRef(ClassRef(origin_of(StatisticsExecutor), executor), _TASKS),),
-        )
-        names = check_clients(sites) or ()
-        if "Global" in names:
-            raise ConfigError("sites", "Global", "another name: in the report this one stands for all sites together")
+        executor = ExecutorRef(ClassRef(origin_of(StatisticsExecutor), args), _TASKS)
+        config = SiteConfig(framework=FrameworkType.NUMPY, executors=(executor,))
         self._definition = JobDefinition(
             name=check_name(name),
             workflow=self.workflow,
             workflow_settings=settings,
             site_defaults=config,
-            sites=dict.fromkeys(names, config),
+            sites=dict.fromkeys(_site_names(sites), config),
             code_dir=code_dir,
         )
 
@@ -157,6 +140,31 @@ class FedStatsRecipe(Recipe):
             "stats_generator": args["generator"],
             "cleansers": own,
         }
+
+
+def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of the workflow, each checked."""
+    wait, limit = given["wait_time_after_min_received"], given["result_wait_timeout"]
+    precision, minimum = given["precision"], given["min_clients"]
+    return {
+        "statistic_configs": StatisticConfigs.parse(given["statistic_configs"]).to_json(),
+        "stats_output_path": check_report_path("stats_output_path", given["stats_output_path"]),
+        "wait_time_after_min_received": check_number("wait_time_after_min_received", wait, minimum=0.0),
+        "result_wait_timeout": None if limit is None else check_number("result_wait_timeout", limit, above=0.0),
+        "precision": None if precision is None else check_int("precision", precision, 0),
+        "min_clients": None if minimum is None else check_int("min_clients", minimum, 1),
+        "enable_pre_run_task": check_flag("enable_pre_run_task", given["enable_pre_run_task"]),
+    }
+
+
+def _site_names(sites: object) -> tuple[str, ...]:
+    if sites is None:
+        return ()
+    if not isinstance(sites, list | tuple) or not sites:
+        raise ConfigError("sites", sites, "a list of names, or None for those of the environment")
+    if "Global" in sites:
+        raise ConfigError("sites", "Global", "another name: in the report this one stands for all sites together")
+    return tuple(dict.fromkeys(check_site_name("sites", name) for name in sites))
 
 
 def _described(value: object, kind: type, parameter: str, code_dir: Path) -> dict[str, Any]:

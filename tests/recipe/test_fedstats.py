@@ -138,6 +138,9 @@ def test_instance_that_keeps_its_arguments_is_described(given: dict[str, Any]) -
         ({"result_wait_timeout": 0}, "result_wait_timeout=0"),
         ({"wait_time_after_min_received": -1}, "wait_time_after_min_received=-1"),
         ({"enable_pre_run_task": 1}, "enable_pre_run_task=1: True or False"),
+        ({"sites": "site-1"}, "sites='site-1': a list of names"),
+        ({"sites": []}, "sites=[]: a list of names"),
+        ({"sites": ["a", "server"]}, "sites='server': this name is reserved"),
         ({"sites": ["a", "Global"]}, "sites='Global': another name"),
     ],
 )
