@@ -17,7 +17,7 @@ from enum import Enum
 from typing import Any
 
 from flarebus.codec._decoder import decode_with
-from flarebus.codec._edit import edit_model_with
+from flarebus.codec._edit import edit_model_with, has_params
 from flarebus.codec._encoder import Encoded, encode_with
 from flarebus.codec._ids import MAX_BODY, MAX_DEPTH
 from flarebus.codec._model import add_model
@@ -40,6 +40,7 @@ __all__ = [
     "decode",
     "edit_model",
     "encode",
+    "has_params",
     "register",
     "register_dataclass",
     "register_enum",

@@ -15,9 +15,10 @@ from flarebus.errors import DecodeError, EncodeError
 from flarebus.message import Buffer
 from flarebus.model import FLModel
 
-__all__ = ["edit_model_with"]
+__all__ = ["edit_model_with", "has_params"]
 
 # The list of an FLModel: its id, the type of its params, params, params of the optimizer, and what is around them.
+_PARAMS = 2
 _FIRST = 4
 _AROUND = ("metrics", "meta", "start_round", "current_round", "total_rounds")
 
@@ -63,9 +64,7 @@ def edit_model_with(registry: Registry, body: Buffer, edit: Callable[[FLModel], 
     """Edit with the types of `registry`; see `flarebus.codec.edit_model`."""
     decoder = _TreeDecoder(registry)
     try:
-        root, n_buffers, arena = read_body(bytes(body))
-        if type(root) is not list or len(root) != _FIRST + len(_AROUND) or root[0] != FLMODEL:
-            raise Malformed("no FLModel")
+        root, n_buffers, arena = _read_model(body)
         values = (decoder.value(node, 1) for node in root[_FIRST:])
         model = FLModel(**dict(zip(_AROUND, values, strict=True)))
     except Exception as error:  # whatever a hostile body makes of msgpack, NumPy or a decomposer
@@ -77,6 +76,27 @@ def edit_model_with(registry: Registry, body: Buffer, edit: Callable[[FLModel], 
     # Checked once more: its fields are open to anybody.
     edited = FLModel(**{name: getattr(edited, name) for name in _AROUND})
     return _packed(registry, root, n_buffers, arena, edited)
+
+
+def has_params(body: Buffer) -> bool:
+    """Whether an encoded `FLModel` has parameters; they are not looked at.
+
+    Raises:
+        DecodeError: the body is not that of an FLModel.
+    """
+    try:
+        root, _, _ = _read_model(body)
+    except Exception as error:  # whatever a hostile body makes of msgpack
+        said = str(error) if isinstance(error, Malformed) else f"not readable ({type(error).__name__})"
+        raise DecodeError(said) from error
+    return root[_PARAMS] is not None
+
+
+def _read_model(body: Buffer) -> tuple[list[Any], int, bytes]:
+    root, n_buffers, arena = read_body(bytes(body))
+    if type(root) is not list or len(root) != _FIRST + len(_AROUND) or root[0] != FLMODEL:
+        raise Malformed("no FLModel")
+    return root, n_buffers, arena
 
 
 def _packed(registry: Registry, root: list[Any], n_buffers: int, arena: bytes, edited: FLModel) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -100,6 +100,7 @@ class Desk:
         newcomers: bool = False,
         fetch: bool = True,
         most_staged: int | None = None,
+        on_failed: Callable[[str, str], None] | None = None,
         resumes: bool = False,
     ) -> Iterator[Result]:
         """Give a task out and yield results; see `Job.broadcast`, and `SiteJob.broadcast` for `resumes`."""
@@ -109,12 +110,12 @@ class Desk:
             sites = self._roster.alive if isinstance(task, Task) else list(task)
         targets = sorted(set(sites))
         tally = Tally(targets, min_responses, wait_time_after_min_received, timeout, self._agenda.clock(), newcomers)
-        for site in targets:
-            if not self._roster.is_alive(site):
-                tally.fail(site, self._roster.dead.get(site, "no such site"))
         self._number += 1
         parcels = self._packer.pack(task, targets)
-        open_task = OpenTask(self._number, parcels, tally, targets, in_order, fetch, most_staged, resumes)
+        open_task = OpenTask(self._number, parcels, tally, targets, in_order, fetch, most_staged, resumes, on_failed)
+        for site in targets:
+            if not self._roster.is_alive(site):
+                open_task.fail(site, self._roster.dead.get(site, "no such site"))
         self._open = open_task
         results = self._run(open_task)
         self._results = weakref.ref(results)  # not kept: a controller that breaks out of its loop ends the round
@@ -163,7 +164,7 @@ class Desk:
         """No usable result will come from `site`."""
         if self._open is None or site not in self._open.tally.open or site in self._open.arrived:
             return
-        self._open.tally.fail(site, reason)
+        self._open.fail(site, reason)
         log.warning("round %s: %s failed: %s", self._open.round, site, reason)
         self._owner.fire("site_failed", round=self._open.round, site=site, reason=reason)
 

@@ -135,6 +135,7 @@ class OpenTask:
         fetch: whether results are fetched; otherwise they stay with their makers.
         most_staged: results fetched at once; None leaves it to their bytes.
         resumes: sites give what they answered to somebody else before.
+        on_failed: told site and reason of each that fails.
     """
 
     def __init__(
@@ -147,6 +148,7 @@ class OpenTask:
         fetch: bool = True,
         most_staged: int | None = None,
         resumes: bool = False,
+        on_failed: Callable[[str, str], None] | None = None,
     ) -> None:
         self.number = number
         self.name = parcels[0].task.name if parcels else ""
@@ -161,6 +163,7 @@ class OpenTask:
         self.was_cancelled = False
         self.nbytes = max((each.payload.nbytes + len(each.payload.body) for each in parcels), default=0)
         self._most_staged = most_staged
+        self._on_failed = on_failed
         self.arrived: dict[str, Arrived] = {}
         """What has arrived and is not used yet; changed by the methods here only."""
         self.metrics: dict[str, dict[str, Any]] = {}
@@ -171,6 +174,12 @@ class OpenTask:
         self._lined = 0
         # In order: the targets before this one are used or not waited for.
         self._done = 0
+
+    def fail(self, site: str, reason: str) -> None:
+        """Nothing usable will come from `site`."""
+        self.tally.fail(site, reason)
+        if self._on_failed is not None:
+            self._on_failed(site, reason)
 
     def add(self, arrived: Arrived) -> None:
         """A result has arrived."""

@@ -131,6 +131,7 @@ class Job(Protocol):
         newcomers: bool = False,
         fetch: bool = True,
         most_staged: int | None = None,
+        on_failed: Callable[[str, str], None] | None = None,
     ) -> Iterator[Result]:
         """Give `task` to sites and yield their results as they arrive. Leaving the loop early takes it back.
 
@@ -146,6 +147,8 @@ class Job(Protocol):
                 `cancel` or leaving the loop.
             fetch: False leaves the arrays with the sites, for passing on: see `Result.held`.
             most_staged: results fetched at once; None leaves it to their bytes.
+            on_failed: told the site and the reason, on the controller's thread, when a site will give no usable
+                result. Of those that only take too long it is not told.
 
         Raises:
             QuorumNotReached: fewer than `min_responses` usable results came, or can come; says why for each site.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from flarebus.cell import Payload
-from flarebus.codec import edit_model
+from flarebus.codec import edit_model, has_params
 from flarebus.errors import DecodeError
 from flarebus.model import FLModel
 
@@ -30,6 +30,8 @@ class HeldModel:
         self._release: Callable[[], None] | None = release
         self.around = FLModel()
         """Metrics, meta and rounds of the model; no parameters."""
+        self.has_params = has_params(body)
+        """Whether there are parameters where it is held."""
         if edit_model(body, self._look) is None:
             raise DecodeError("its metrics or meta hold arrays")
 

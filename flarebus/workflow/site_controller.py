@@ -7,7 +7,7 @@ server or another site gives to it, not to the script.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -84,6 +84,7 @@ class SiteJob(Protocol):
         in_order: bool = False,
         fetch: bool = True,
         most_staged: int | None = None,
+        on_failed: Callable[[str, str], None] | None = None,
         resumes: bool = False,
     ) -> Iterator[Result]:
         """Give a task to sites; see `Job.broadcast`. Their scripts answer, or their controllers.

@@ -9,7 +9,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from flarebus.codec import decode, edit_model, encode
+from flarebus.codec import decode, edit_model, encode, has_params
 from flarebus.errors import ConfigError, DecodeError, EncodeError
 from flarebus.model import FLModel, ParamsType
 
@@ -208,3 +208,17 @@ def test_what_is_no_model_is_a_decode_error(body: bytes) -> None:
     """Bytes that hold no model are refused as those of a peer."""
     with pytest.raises(DecodeError):
         edit_model(body, lambda model: model)
+
+
+@pytest.mark.parametrize("params", [{}, {"w": 1.0}, {"w": np.zeros(3)}, {"w": np.zeros(3000)}], ids=repr)
+def test_tells_a_model_with_parameters_from_one_without(params: dict[str, Any]) -> None:
+    """An empty dict is parameters too; metrics are none."""
+    assert has_params(encode(FLModel(params=params)).body)
+    assert not has_params(encode(FLModel(metrics={"loss": 1.0})).body)
+
+
+@pytest.mark.parametrize("body", [b"", b"\x00" * 20, encode(3).body])
+def test_what_is_no_model_has_no_parameters_to_tell_of(body: bytes) -> None:
+    """It is refused as that of a peer."""
+    with pytest.raises(DecodeError):
+        has_params(body)

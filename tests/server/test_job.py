@@ -176,6 +176,25 @@ def test_a_round_ends_at_its_timeout(bus: Bus, host: PlayedHost) -> None:
     assert caught.value.reasons == {"c": "OSError: disk", "a": "no answer within 30 s"}
 
 
+def test_a_controller_hears_which_sites_fail(bus: Bus, host: PlayedHost) -> None:
+    """When they do, with the reason; of one that is dead at once, of one that only takes too long never."""
+    bus.start(lambda: bus.job.roster.bury("b", "its worker died")).result(LIMIT_S)
+    heard: list[tuple[str, str]] = []
+    running = bus.collect(
+        sites=SITES, min_responses=1, timeout=30, on_failed=lambda site, why: heard.append((site, why))
+    )
+    number = host.take().number
+    host.answer("c", number, "OSError: disk")
+    host.settled()
+    bus.pass_time(0)
+    assert heard == [("b", "its worker died"), ("c", "OSError: disk")]
+    bus.pass_time(30)
+
+    with pytest.raises(QuorumNotReached):
+        running.result(LIMIT_S)
+    assert len(heard) == 2
+
+
 def test_what_has_arrived_at_the_deadline_is_still_fetched(bus: Bus, host: PlayedHost) -> None:
     """A big result whose message came in time counts, however long its bytes take."""
     running = bus.collect(min_responses=1, timeout=30)
