@@ -11,6 +11,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from queue import Empty, SimpleQueue
 
 from flarebus.errors import ConfigError, DeadlineExceeded, FlarebusError, LinkError
@@ -154,7 +155,7 @@ class Sender:
         elif urgent:
             self._nudge.set()
         elif item.begun is not None:
-            item.begun.on_done(self._came)
+            item.begun.on_done(partial(self._came, item))
         return item
 
     def end(self, error: Callable[[], LinkError]) -> None:
@@ -195,20 +196,22 @@ class Sender:
         self._begun = item
         return True
 
-    def _came(self, outcome: Pending[bool]) -> None:
-        """What became of the message that was begun; on the thread of whoever knows."""
+    def _came(self, item: Outgoing, outcome: Pending[bool]) -> None:
+        """What became of a message that was begun; on the thread of whoever knows."""
         if outcome.error() is not None or not outcome.result():
             self._queue.put(None)
-            return
-        item = self._take_begun()
-        if item is not None:
+        elif self._take_begun(item) is not None:
             item.read.set(True)
             self._through(item)
 
-    def _take_begun(self) -> Outgoing | None:
-        """The message that was begun, for one of those who may end it."""
+    def _take_begun(self, expected: Outgoing | None = None) -> Outgoing | None:
+        """The message that was begun, for one of those who may end it. None if one of them has, or if
+        it is another one than `expected`."""
         with self._lock:
-            item, self._begun = self._begun, None
+            item = self._begun
+            if expected is not None and item is not expected:
+                return None
+            self._begun = None
         return item
 
     def _through(self, item: Outgoing) -> None:

@@ -426,3 +426,28 @@ def test_a_delivered_message_is_taken_as_one_that_was_received(make: Make, fake:
     handler.stop()
     fake.to(Message("late"))
     assert told.nothing_more()
+
+
+def test_news_of_an_earlier_message_do_not_end_a_later_one(make: Make, fake: FakePipe) -> None:
+    """The thread may have ended the first one before whoever knows of it says so."""
+    told_late: list[Callable[[Pending[bool]], None]] = []
+    begun: list[Pending[bool]] = []
+
+    class Late(Pending[bool]):
+        def on_done(self, callback: Callable[[Pending[bool]], None]) -> None:
+            told_late.append(callback)
+
+    handler, _ = make(fake)
+    begins(handler, fake, lambda message: begun.append(Late()) or begun[-1])  # type: ignore[func-returns-value]
+    first, second = handler.post(Message("first")), handler.post(Message("second"))
+    begun[0].set(True)
+    assert (first.result(LIMIT_S), second.result(LIMIT_S)) == (True, True)
+    wait_until(lambda: handler._sender._pending == 0, "nothing is on its way")
+    third = handler.post(Message("third"))
+
+    told_late[0](begun[0])
+
+    assert not third.is_done
+    begun[1].set(True)
+    told_late[1](begun[1])
+    assert third.result(LIMIT_S) is True
