@@ -28,7 +28,7 @@ class FakeCell:
         self.answered = threading.Event()
 
     def pull(
-        self, manifest: Manifest, target: str, pool: SlabPool | None, tell_done: bool
+        self, manifest: Manifest, target: str, pool: SlabPool | None, tell_done: bool, order: bool
     ) -> Pending[Sequence[Buffer]]:
         self.pulls.append((manifest, target, pool, tell_done))
         return self.pulled
