@@ -75,5 +75,18 @@ ALGORITHMS = {
             "ScaffoldRecipe",
             "SCAFFOLD: federated averaging whose sites correct their gradients by how they differ from everybody's.",
         ),
+        Algorithm(
+            "swarm",
+            "SwarmRecipe",
+            "Swarm learning: sites train, and aggregate by turns; no model is at the server until the end.",
+            (
+                of_the_algorithm(
+                    "--max-concurrent-submissions",
+                    type=int,
+                    metavar="N",
+                    help="Results that the aggregating site fetches at once. Default: 1.",
+                ),
+            ),
+        ),
     )
 }

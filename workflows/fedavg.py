@@ -11,20 +11,19 @@ model is the mean of the answers, each weighted with its n_k:
 
 from __future__ import annotations
 
-import math
-import numbers
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flarebus.client.memory import release_memory
 from flarebus.errors import UpdateRefused
-from flarebus.model import FLModel, MetaKey
+from flarebus.model import FLModel
 from flarebus.workflow.aggregator import ModelAggregator, RoundMean
-from flarebus.workflow.controller import Controller, Job, Result, Task
+from flarebus.workflow.controller import Controller, Job, Task
 from flarebus.workflow.custom import CustomMean
 from flarebus.workflow.mean import WeightedMean
 from flarebus.workflow.selection import BestModelSelector, StopRule
+from flarebus.workflow.weights import weight_of
 
 __all__ = ["FedAvg"]
 
@@ -122,7 +121,7 @@ class FedAvg(Controller):
             in_order=self.deterministic,
         ):
             try:
-                mean.add(result.model, self._weight(result), result.site)
+                mean.add(result.model, weight_of(result, self.aggregation_weights), result.site)
             except UpdateRefused as why:
                 result.refuse(UpdateRefused(why.reason, why.key))  # whose it is, the result knows
         return mean
@@ -142,17 +141,6 @@ class FedAvg(Controller):
     def update_model(self, job: Job, model: dict[str, Any], mean: RoundMean) -> dict[str, Any]:
         """The next model, from the one that the sites were given and what they made of it."""
         return mean.apply_to(model, out=job.pages(model))
-
-    def _weight(self, result: Result) -> Any:
-        """n_k: what the site says it trained on, times what the recipe gives the site. Checked by the mean."""
-        steps = result.model.meta.get(MetaKey.NUM_STEPS_CURRENT_ROUND, 1)
-        factor = self.aggregation_weights.get(result.site)
-        if factor is None or isinstance(steps, bool) or not isinstance(steps, numbers.Real):
-            return steps
-        try:
-            return float(steps) * factor
-        except OverflowError:  # an integer beyond the range of a float
-            return math.inf
 
     def _sample(self, sites: Sequence[str], number: int) -> Sequence[str]:
         """The sites of one round; drawn anew each round, from the seed and the round alone."""

@@ -12,6 +12,7 @@ from flarebus.recipe.recipe import Recipe
 from flarebus.recipe.run import Run
 from flarebus.recipe.scaffold import ScaffoldRecipe
 from flarebus.recipe.sim_env import SimEnv
+from flarebus.recipe.swarm import SwarmRecipe
 from flarebus.recipe.tracking import add_experiment_tracking
 from flarebus.workflow.aggregator import ModelAggregator
 from flarebus.workflow.filter import Filter, FilterTask
@@ -35,6 +36,7 @@ __all__ = [
     "Run",
     "ScaffoldRecipe",
     "SimEnv",
+    "SwarmRecipe",
     "TransferType",
     "TrimmedMeanAggregator",
     "add_experiment_tracking",

@@ -286,6 +286,7 @@ class ServerJob:
             log.warning("a report of %s cannot be read: %s", delivery.source, problem)
             return
         if self.roster.runs(delivery.source, report.site):
+            self.fire("site_report", site=report.site, what=report.event, fields=report.fields)
             self._note(report)
 
     def _note_all(self, sites: Sequence[str], event: str, **fields: Any) -> None:

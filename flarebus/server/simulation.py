@@ -364,7 +364,7 @@ class Simulation:
 
     def _facts(self, server: str) -> JobFacts:
         job = self._job
-        return JobFacts(job.name, job.job_id, server, job.best_stem, str(job.code_dir))
+        return JobFacts(job.name, job.job_id, server, job.best_stem, job.framework.value, str(job.code_dir))
 
     def _aliases(self, sites: Sequence[str]) -> list[str]:
         return [f"{site}.{self._job.job_id}" for site in sites]

@@ -59,7 +59,7 @@ class SiteHalves:
         for ref in refs:
             half = load_executor(ref.ref, code_dir)
             turn = Turn(self._turnstile, self._turnstile.place_for(site, str(folder), str(code_dir)))
-            jobs.append((ref, HostedJob(self._facts, site, folder, half, self._cell, Roster(), turn)))
+            jobs.append((ref, HostedJob(self._facts, site, folder, code_dir, half, self._cell, Roster(), turn)))
 
     def may_give(self, source: str) -> bool:
         """Whether the cell `source` may give tasks to sites of this host."""

@@ -16,9 +16,10 @@ from typing import Any
 
 from flarebus.cell import Cell
 from flarebus.errors import Closed, FlarebusError, JobAborted
-from flarebus.job.checkpoint import CheckpointStore
+from flarebus.job.kinds import FrameworkType
 from flarebus.model import FLModel
 from flarebus.site.call import SiteCall
+from flarebus.site.shelf import Shelf
 from flarebus.site.turn import Turn
 from flarebus.tasks.agenda import Agenda
 from flarebus.tasks.desk import Desk
@@ -44,6 +45,7 @@ class JobFacts:
         job_id: identity of this run.
         server: address of the server job.
         best_stem: name of the best model's file, without suffix.
+        framework: of the job, as its text.
         code_dir: folder of its code.
     """
 
@@ -51,6 +53,7 @@ class JobFacts:
     job_id: str
     server: str
     best_stem: str
+    framework: str
     code_dir: str
 
 
@@ -61,6 +64,7 @@ class HostedJob:
         facts: about the job.
         site: its name.
         folder: of the site.
+        code_dir: where classes of the job are looked for first.
         half: its executor or controller.
         cell: the host's.
         roster: who is where, as the server tells; kept by the owner, on this thread.
@@ -72,6 +76,7 @@ class HostedJob:
         facts: JobFacts,
         site: str,
         folder: Path,
+        code_dir: Path,
         half: Executor | SiteController,
         cell: Cell,
         roster: Roster,
@@ -79,6 +84,7 @@ class HostedJob:
     ) -> None:
         self.site = site
         self.folder = folder
+        self.code_dir = code_dir
         self._facts = facts
         self._half = half
         self._cell = cell
@@ -88,8 +94,7 @@ class HostedJob:
         self._calls: deque[SiteCall] = deque()
         self.desk = Desk(cell, roster, self._agenda, self, Packer(cell, roster, facts.job_id, site, keeps=True), site)
         self._turns = Turns(self.desk, roster, self._agenda, self)
-        self._models: CheckpointStore | None = None
-        self._kept: dict[str, Any] = {}
+        self._shelf: Shelf | None = None
         self._has_ended = False
         self._thread = threading.Thread(target=self._run, name=f"flarebus job of {site}", daemon=True)
 
@@ -130,26 +135,12 @@ class HostedJob:
         """Give a task to one site after the other; see `SiteJob.relay`."""
         return self._turns.relay(task, sites, **how)
 
-    def kept_params(self) -> dict[str, Any]:
-        """The model that was kept last; see `SiteJob.kept_params`."""
-        return self._kept
-
-    def pages(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Writable arrays on the pages of the next model file."""
-        return self._store().next_arrays(params)
-
-    def keep(self, params: dict[str, Any]) -> None:
-        """The model of this site from now on; see `SiteJob.keep`."""
-        store = self._store()
-        store.finish(params)
-        store.sync()
-        self._kept = params
-
-    def keep_best(self, params: dict[str, Any]) -> None:
-        """The best model of this site from now on; see `SiteJob.keep_best`."""
-        store = self._store()
-        store.save_best(params)
-        store.sync()
+    @property
+    def shelf(self) -> Shelf:
+        """The models of this site; see `SiteJob.shelf`."""
+        if self._shelf is None:
+            self._shelf = Shelf(self.folder, self._facts.best_stem, FrameworkType(self._facts.framework))
+        return self._shelf
 
     def fire(self, event: str, **fields: Any) -> None:
         """Tell the server; see `SiteJob.fire`. Also what the desk tells of its tasks."""
@@ -230,10 +221,8 @@ class HostedJob:
         self._turn.leave()
         self.desk.close()
         self._agenda.close()
-        if self._models is not None:
-            self._models.close()
-
-    def _store(self) -> CheckpointStore:
-        if self._models is None:
-            self._models = CheckpointStore(self.folder / "models", f"{self._facts.best_stem}.safetensors")
-        return self._models
+        if self._shelf is not None:
+            try:
+                self._shelf.close()
+            except (FlarebusError, OSError) as error:
+                log.error("the models of %s could not be left behind: %s", self.site, error)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from flarebus.model import FLModel
 from flarebus.workflow.controller import Result, Task
 
-__all__ = ["Call", "SiteController", "SiteJob"]
+__all__ = ["Call", "Shelf", "SiteController", "SiteJob"]
 
 
 class Call(Protocol):
@@ -47,6 +47,31 @@ class Call(Protocol):
         """Say why there is no answer."""
 
 
+class Shelf(Protocol):
+    """The models of one site, on its own disk. What is kept last and best lies in the folder of the site at the end."""
+
+    @property
+    def round(self) -> int | None:
+        """The round that begins with the model kept last, also before this process began; None: there is none."""
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The model kept last; empty when none was."""
+
+    @property
+    def best_params(self) -> dict[str, Any]:
+        """The best model; empty when none was kept."""
+
+    def pages(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Writable arrays like those in `params`, on the pages of the next model file: write the new model there."""
+
+    def keep(self, params: dict[str, Any], round: int) -> None:
+        """`params` are the last model, with which `round` begins; durable before anything else is kept."""
+
+    def keep_best(self, params: dict[str, Any]) -> None:
+        """`params` are the best model."""
+
+
 class SiteJob(Protocol):
     """What a site controller may call. It runs on one thread."""
 
@@ -69,6 +94,10 @@ class SiteJob(Protocol):
     @property
     def folder(self) -> Path:
         """The folder of this site."""
+
+    @property
+    def code_dir(self) -> Path:
+        """Where classes of the job are looked for first."""
 
     def calls(self) -> Iterator[Call]:
         """Tasks for this controller as they come, to the end of the job."""
@@ -116,17 +145,9 @@ class SiteJob(Protocol):
     ) -> Iterator[Result]:
         """Give a task to one site after the other; see `Job.relay`."""
 
-    def kept_params(self) -> dict[str, Any]:
-        """The model that was kept last; empty when none was."""
-
-    def pages(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Writable arrays like those in `params`, on the pages of the next model file: write the new model there."""
-
-    def keep(self, params: dict[str, Any]) -> None:
-        """`params` are the model of this site from now on; durable when this returns."""
-
-    def keep_best(self, params: dict[str, Any]) -> None:
-        """`params` are the best model of this site from now on; durable when this returns."""
+    @property
+    def shelf(self) -> Shelf:
+        """The models that this site keeps."""
 
     def fire(self, event: str, **fields: Any) -> None:
         """Tell the server that something happened; a small message, no promise that it arrives."""

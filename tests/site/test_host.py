@@ -87,7 +87,10 @@ class Hosted:
         made = SiteConfig(str(script), **{"framework": FrameworkType.NUMPY, **config})
         hosted = [HostedSite(site, self.folder / site, made) for site in sites]
         host = SiteHost(
-            cell or self.cell, JobFacts("job", "job-1", SERVER, "best", ""), hosted, LogConfig.parse("msg_only")
+            cell or self.cell,
+            JobFacts("job", "job-1", SERVER, "best", "numpy", ""),
+            hosted,
+            LogConfig.parse("msg_only"),
         )
         heard = self.bus.start(lambda: self.bus.job.wait_for_sites(sites, LIMIT_S))
         self._thread = threading.Thread(target=self._run, args=(host,), name="flarebus host")
@@ -353,7 +356,7 @@ def test_scripts_see_their_configuration(hosted: Hosted) -> None:
 def test_a_server_that_is_not_there_is_an_error(hosted: Hosted, tmp_path: Path) -> None:
     """A host that cannot join says so, and leaves the process as it was."""
     site = HostedSite("a", tmp_path / "a", SiteConfig(__file__))
-    host = SiteHost(hosted.cell, JobFacts("job", "job-1", "server.other", "best", ""), [site])
+    host = SiteHost(hosted.cell, JobFacts("job", "job-1", "server.other", "best", "numpy", ""), [site])
 
     with pytest.raises(FlarebusError, match="no such cell"):
         host.run()
