@@ -138,7 +138,7 @@ def _import_peft() -> Any:
         import peft
     except ImportError as error:
         raise ClientApiError(
-            f"an adapter is exchanged with PEFT, which cannot be imported here ({error}): pip install peft"
+            f"an adapter is exchanged with PEFT, which cannot be imported here ({error}): pip install 'flarebus[peft]'"
         ) from error
     return peft
 
