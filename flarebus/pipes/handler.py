@@ -46,8 +46,8 @@ class PipeHandler:
     Args:
         pipe: opened by the caller; the handler closes it in `stop`.
         on_message: called with each request and each one-way message, in order, on the reader's thread or one of the
-            pipe's. While it runs nothing is read, so it must not block. What it raises is logged, and answers the
-            message.
+            pipe's. While it runs nothing is read: it must neither block nor stop the handler. What it raises is logged,
+            and answers the message.
         on_status: called once, with END, ABORT or PEER_GONE and the reason, when the other end has ended; never while
             `on_message` runs.
         heartbeat_interval: seconds of own quiet before a sign of life is sent; below `heartbeat_timeout`.

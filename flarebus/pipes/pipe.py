@@ -122,10 +122,11 @@ class Pipe(ABC):
         return None
 
     def deliver(self, to: Callable[[Message], None]) -> bool:
-        """Call `to` with each message as it comes, on a thread of the pipe, which `to` does not hold up.
+        """Call `to` with each message as it comes, on a thread of the pipe, which `to` must not hold up.
 
         Messages still come one at a time and in order, each as if `receive` had returned it. `receive` goes on: it
-        returns what cannot be delivered so, and raises. False, and nothing changes, for a pipe that cannot do that.
+        returns what cannot be delivered so, and raises. `to` must not close the pipe. False, and nothing changes, for
+        a pipe that cannot do that.
         """
         return False
 
