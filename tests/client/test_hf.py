@@ -450,7 +450,7 @@ def test_of_a_peft_model_the_adapter_travels(job: FakeEngine, tmp_path: Path) ->
 
     model = peft.get_peft_model(Net(), peft.LoraConfig(r=1, target_modules=["line"]))
     start = {name: value.clone() + 1 for name, value in peft.get_peft_model_state_dict(model).items()}
-    trainer = make(tmp_path, model)
+    trainer = make(tmp_path, model, learning_rate=1e-4)
     flare.patch(trainer, restore_state=False)
     job.give(FLModel(params=start))
     trainer.train()
