@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from flarebus.errors import ConfigError
-from flarebus.job.plugins import WORKFLOWS, load_workflow
+from flarebus.job.plugins import EXECUTORS, WORKFLOWS, load_executor_class, load_workflow
 from flarebus.pipes.loading import PIPES, load_pipe_class
 from flarebus.plugins import PluginKind
 from flarebus.tracking.loading import TRACKERS, check_library
@@ -33,6 +33,7 @@ class _Listed:
 # Each is looked at as it is when a job asks for it by name.
 _KINDS: Mapping[str, tuple[PluginKind, Callable[[str], object]]] = {
     "workflow": (WORKFLOWS, load_workflow),
+    "executor": (EXECUTORS, load_executor_class),
     "pipe": (PIPES, load_pipe_class),
     "tracker": (TRACKERS, check_library),
 }
@@ -41,7 +42,7 @@ _KINDS: Mapping[str, tuple[PluginKind, Callable[[str], object]]] = {
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON line for each plug-in.")
 def plugins(as_json: bool) -> None:
-    """List the workflows, pipes and trackers that are installed here.
+    """List the workflows, executors, pipes and trackers that are installed here.
 
     Each with its name, its class and the distribution that brings it. All are imported to find out whether they can be
     used; below one that cannot stands why.

@@ -170,7 +170,8 @@ class Recipe(ABC):
 
         Args:
             executor: an `Executor`, or a `SiteController`, which may give tasks to other sites; described as a filter
-                in `add_client_input_filter`.
+                in `add_client_input_filter`, or `{"class_path": "name", "args": {...}}` with the name of an installed
+                one.
             tasks: their names, or patterns such as `swarm_*`.
             clients: at these sites only; None for all.
 

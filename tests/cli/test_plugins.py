@@ -70,7 +70,7 @@ def test_what_comes_with_flarebus_is_listed_and_can_be_used(capsys: pytest.Captu
         ["tracker", "mlflow", "flarebus.tracking.mlflow:MLflowTracker"],
     ):
         assert [*row, "flarebus", __version__] in rows
-    assert {row[0] for row in rows} == {"workflow", "pipe", "tracker"}
+    assert {row[0] for row in rows} == {"workflow", "executor", "pipe", "tracker"}
 
 
 @pytest.mark.usefixtures("_outside")
