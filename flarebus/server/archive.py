@@ -73,9 +73,15 @@ class Archive:
         return self._store.next_arrays(params)
 
     def sites_done(self, answered: Mapping[str, Mapping[str, Any]], failed: Mapping[str, str]) -> None:
-        """A broadcast is over: whose results counted, with their metrics, and why the others' did not."""
-        self._answered = {site: dict(metrics) for site, metrics in answered.items()}
-        self._failed = dict(failed)
+        """A broadcast is over: whose results counted, with their metrics, and why the others' did not.
+
+        A round may have several; of a site the last one counts.
+        """
+        for site in (*answered, *failed):
+            self._answered.pop(site, None)
+            self._failed.pop(site, None)
+        self._answered |= {site: dict(metrics) for site, metrics in answered.items()}
+        self._failed |= failed
 
     def commit(self, number: int, params: dict[str, Any], metrics: Mapping[str, Any], best: bool) -> None:
         """End a round. The durable part goes on in the background; its error is raised by the next call."""
@@ -90,6 +96,7 @@ class Archive:
             "seconds": round(now - self._began, 6),
         }
         self._began = now
+        self._answered, self._failed = {}, {}
         if best:
             self._store.keep_best(self._params)
         path = self._store.finish(params)

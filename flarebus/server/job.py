@@ -18,7 +18,7 @@ from typing import Any
 from flarebus.cell import Cell
 from flarebus.client.metric_batch import MAX_BATCH_BYTES
 from flarebus.delivery import Delivery
-from flarebus.errors import DecodeError, FlarebusError, JobFailed
+from flarebus.errors import DecodeError, FlarebusError, JobFailed, UsageError
 from flarebus.job.definition import JobDefinition
 from flarebus.server.archive import Archive
 from flarebus.server.pool import HostEnd
@@ -74,7 +74,7 @@ class ServerJob:
             FilterChain.build(definition.input_filters, definition.code_dir, "input_filters"),
         )
         packer = Packer(cell, self.roster, self.job_id, "server", filters)
-        self._desk = Desk(cell, self.roster, self._agenda, self, packer, staging=staging)
+        self._desk = Desk(cell, self.roster, self._agenda, self, packer, itertools.count(1), staging=staging)
         self._turns = Turns(self._desk, self.roster, self._agenda, self)
         self._attempts: dict[str, int] = {}
         # For a controller that watches; no other one takes them out.
@@ -128,11 +128,12 @@ class ServerJob:
 
     def cancel(self, reason: str) -> None:
         """End the broadcast that runs now; see `Job.cancel`."""
-        self._desk.cancel(reason)
+        self._turns.cancel(reason)
 
     def reports(self, timeout: float | None = None) -> Iterator[Report]:
         """What sites report; see `Job.reports`."""
-        assert self._reports is not None, "the sites of this job do not steer"
+        if self._reports is None:
+            raise UsageError("the sites of this job do not steer: there are no reports")
         while True:
             deadline = None if timeout is None else self._agenda.clock() + timeout
             while not self._reports:
@@ -269,7 +270,7 @@ class ServerJob:
         self._desk.fail(site, reason)
         self.roster.bury(site, reason)
         self._tell_directory()
-        self._note(Report(site, "site_dead", {"reason": reason}))
+        self._note_all([site], "site_dead", reason=reason)
 
     def _tell_directory(self) -> None:
         """Tell hosts whose sites steer who is where."""

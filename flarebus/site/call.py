@@ -6,16 +6,17 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flarebus.cell import Cell
+from flarebus.cell import Cell, Payload
 from flarebus.codec import encode
 from flarebus.delivery import Delivery
-from flarebus.errors import FlarebusError
+from flarebus.errors import FilterFailed, FlarebusError, UsageError
 from flarebus.message import Buffer
 from flarebus.model import FLModel
 from flarebus.pending import Pending
 from flarebus.site.ticket import Kept, Ticket
 from flarebus.site.work import model_of
 from flarebus.slab import SlabPool
+from flarebus.workflow.filter import FilterChain, FilterTask
 
 __all__ = ["SiteCall"]
 
@@ -32,6 +33,7 @@ class SiteCall:
         fields: name, round and rounds of the task, and the encoded model.
         buffers: of the model; shared with other sites of the host.
         pool: memory for answers that are kept.
+        filters: what the model goes through before it is seen, and the answer before it leaves.
 
     Raises:
         FlarebusError: there is no model in it.
@@ -45,6 +47,7 @@ class SiteCall:
         fields: Mapping[str, Any],
         buffers: Sequence[Buffer],
         pool: SlabPool,
+        filters: tuple[FilterChain, FilterChain],
     ) -> None:
         self.name: str = fields["task"]
         self.round: int = fields["round"]
@@ -55,18 +58,34 @@ class SiteCall:
         self._site = site
         self._ticket = ticket
         self._pool = pool
+        self._input_filter, self._output_filter = (chain.for_task(self.name) for chain in filters)
+        self._filter_task = FilterTask(self.name, self.round, site)
         self._is_answered = False
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What tells its task from all others."""
+        return self._ticket.key
+
+    def open(self) -> bool:
+        """Let the model go through the filters; False if one refuses it, which is the answer then."""
+        try:
+            self.model = self._input_filter.apply(self.model, self._filter_task)
+        except FilterFailed as error:
+            self.fail(str(error))
+        return not self._is_answered
 
     def answer(self, model: FLModel | None = None) -> None:
         """Answer; see `Call.answer`."""
+        if self._is_answered:
+            raise UsageError(f"the task {self.name} was answered before")
+        try:
+            payload = self._payload(self._output_filter.apply(model or FLModel(), self._filter_task))
+        except FilterFailed as error:
+            self.fail(str(error))
+            return
         self._is_answered = True
         ticket = self._ticket
-        if ticket.readers:
-            # It may be fetched long after this, so it gets memory of its own.
-            kept = Kept((self.name, self.round), *encode(model or FLModel()), self._pool)
-            payload = self._cell.share_encoded(kept.body, kept.buffers, ticket.readers)
-        else:
-            payload = self._cell.share(model or FLModel(), (ticket.target,))
 
         def settled(sent: Pending[Delivery]) -> None:
             self._cell.withdraw(payload, wait=False)
@@ -75,6 +94,14 @@ class SiteCall:
 
         fields = ticket.result(self._site, payload.body)
         self._cell.request(ticket.target, "task", "result", fields, payload=payload).on_done(settled)
+
+    def _payload(self, model: FLModel) -> Payload:
+        readers = self._ticket.readers
+        if not readers:
+            return self._cell.share(model, (self._ticket.target,))
+        # It may be fetched long after this, so it gets memory of its own.
+        kept = Kept((self.name, self.round), *encode(model), self._pool)
+        return self._cell.share_encoded(kept.body, kept.buffers, readers)
 
     def fail(self, reason: str) -> None:
         """Say why there is no answer; see `Call.fail`."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,8 +21,10 @@ from flarebus.site.ticket import Ticket
 from flarebus.site.turn import Turn, Turnstile
 from flarebus.slab import SlabPool
 from flarebus.tasks.desk import Desk
+from flarebus.tasks.open_task import named
 from flarebus.tasks.roster import Roster
 from flarebus.workflow.executor import load_executor
+from flarebus.workflow.filter import FilterChain
 
 __all__ = ["SiteHalves"]
 
@@ -41,7 +45,10 @@ class SiteHalves:
         self._cell = cell
         self._pool = SlabPool()
         self._turnstile = turnstile
+        # From anywhere: a worker that was started again must not take an answer to its predecessor for one to itself.
+        self._numbers = itertools.count(secrets.randbits(48))
         self._jobs: dict[str, list[tuple[ExecutorRef, HostedJob]]] = {}
+        self._filters: dict[str, tuple[FilterChain, FilterChain]] = {}
         # As the server told last; what it tells it may be asked for before a job's own thread has heard it.
         self._peers = frozenset[str]()
         cell.inbox("task", "result", self._result_came, room=self._room)
@@ -49,17 +56,29 @@ class SiteHalves:
         cell.inbox("task", "report", lambda delivery: None)
         cell.on_gone(self._gone)
 
-    def add(self, site: str, folder: Path, refs: Sequence[ExecutorRef], code_dir: Path) -> None:
+    def add(
+        self,
+        site: str,
+        folder: Path,
+        refs: Sequence[ExecutorRef],
+        code_dir: Path,
+        filters: tuple[FilterChain, FilterChain],
+    ) -> None:
         """Make what `site` runs.
+
+        Args:
+            filters: of the site: what its script would receive and answer goes through them as well.
 
         Raises:
             ConfigError: a class is not there, raised, or is no executor.
         """
         jobs = self._jobs.setdefault(site, [])
+        self._filters[site] = filters
         for ref in refs:
             half = load_executor(ref.ref, code_dir)
             turn = Turn(self._turnstile, self._turnstile.place_for(site, str(folder), str(code_dir)))
-            jobs.append((ref, HostedJob(self._facts, site, folder, code_dir, half, self._cell, Roster(), turn)))
+            mine = (self._cell, Roster(), turn, self._numbers)
+            jobs.append((ref, HostedJob(self._facts, site, folder, code_dir, half, *mine)))
 
     def may_give(self, source: str) -> bool:
         """Whether the cell `source` may give tasks to sites of this host."""
@@ -77,7 +96,12 @@ class SiteHalves:
         """
         job = self._half_for(site, fields["task"])
         assert job is not None
-        job.call(SiteCall(self._cell, site, ticket, fields, buffers, self._pool))
+        job.call(SiteCall(self._cell, site, ticket, fields, buffers, self._pool, self._filters[site]))
+
+    def cancel(self, site: str, key: tuple[str, int]) -> None:
+        """The task whose ticket has `key` is not wanted any more: if no half of `site` has begun it, none will."""
+        for _, job in self._jobs.get(site, ()):
+            job.cancel(key)
 
     def end(self, reason: str) -> None:
         """The job has ended."""
@@ -102,7 +126,7 @@ class SiteHalves:
 
     def _result_came(self, delivery: Delivery) -> None:
         try:
-            owner, number = delivery.plain()["owner"], delivery.plain()["number"]
+            owner, number = named(delivery.plain()["owner"]), delivery.plain()["number"]
         except (DecodeError, KeyError, TypeError) as problem:
             delivery.fail(DecodeError(f"result cannot be read: {problem}"))
             return

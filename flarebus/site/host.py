@@ -110,20 +110,21 @@ class SiteHost:
         self._halves = SiteHalves(facts, cell, self._turnstile)
         for site in sites:
             self._logs.add(site.name, site.folder / "log.txt")
-            self._halves.add(site.name, site.folder, site.config.executors, self._code_dir(site))
+            filters = self._filters(site)
+            self._halves.add(site.name, site.folder, site.config.executors, self._code_dir(site), filters)
             if not site.config.train_script:
                 self._others.append(site.name)
             elif site.config.is_external:
-                self._add_external(site, ground)
+                self._add_external(site, filters, ground)
             else:
-                self._add(site)
+                self._add(site, filters)
         cell.inbox("task", "assign", self._assign, room=self._room)
         cell.on("task", "cancel", self._cancel)
         cell.on("task", "refused", self._refused)
         cell.on("task", "end", self._told_end)
         cell.on_link_lost(self._lost)
 
-    def _add(self, site: HostedSite) -> None:
+    def _add(self, site: HostedSite, filters: tuple[FilterChain, FilterChain]) -> None:
         name = site.name
         engine = SiteEngine(
             name,
@@ -133,12 +134,12 @@ class SiteHost:
             self._metrics,
             self._results,
             lambda text: self._logs.note(name, "WARNING", text),
-            self._filters(site),
+            filters,
         )
         self._engines[name] = engine
         engine.line = self._scripts[name] = self._make_script(site, engine, lambda: engine.has_task, self._script_ended)
 
-    def _add_external(self, site: HostedSite, ground: Ground) -> None:
+    def _add_external(self, site: HostedSite, filters: tuple[FilterChain, FilterChain], ground: Ground) -> None:
         def run_inside(config: ClientConfig, on_exit: Callable[[TrainerExit], None]) -> InsideTrainer:
             return InsideTrainer(config, partial(self._make_script, site), on_exit)
 
@@ -147,7 +148,7 @@ class SiteHost:
             site.folder,
             site.config,
             make_client_config(site.name, self._job_id, site.config),
-            self._filters(site),
+            filters,
             ground,
             self._logs,
             run_inside,
@@ -225,8 +226,9 @@ class SiteHost:
         self._over.set()
 
     def _told_end(self, delivery: Delivery) -> None:
-        fields = delivery.value()
-        self.end(fields["reason"], fields["aborted"])
+        fields = delivery.plain()
+        if delivery.source == self._server:
+            self.end(fields["reason"], fields["aborted"])
 
     def _room(self, nbytes: int) -> SlabPool | None:
         # A task at a time, and no more of it than was announced: there is always room.
@@ -287,16 +289,21 @@ class SiteHost:
         delivery.reply()
 
     def _cancel(self, delivery: Delivery) -> None:
-        fields = delivery.value()
+        fields = delivery.plain()
+        if not self._halves.may_give(delivery.source):
+            return
         key = fields["owner"], fields["number"]
         for site in fields["sites"]:
+            self._halves.cancel(site, key)
             if site in self._engines:
                 self._engines[site].cancel(key)
             elif site in self._externals:
                 self._externals[site].cancel(key)
 
     def _refused(self, delivery: Delivery) -> None:
-        fields = delivery.value()
+        fields = delivery.plain()
+        if delivery.source != self._server:
+            return
         engine = self._engines.get(fields["site"])
         if engine is not None:
             engine.note_refused(fields["reason"])

@@ -69,6 +69,7 @@ class HostedJob:
         cell: the host's.
         roster: who is where, as the server tells; kept by the owner, on this thread.
         turn: of this process, taken while an executor computes.
+        numbers: for tasks that the site gives out.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class HostedJob:
         cell: Cell,
         roster: Roster,
         turn: Turn,
+        numbers: Iterator[int],
     ) -> None:
         self.site = site
         self.folder = folder
@@ -92,7 +94,8 @@ class HostedJob:
         self._turn = turn
         self._agenda = Agenda()
         self._calls: deque[SiteCall] = deque()
-        self.desk = Desk(cell, roster, self._agenda, self, Packer(cell, roster, facts.job_id, site, keeps=True), site)
+        packer = Packer(cell, roster, facts.job_id, site, keeps=True)
+        self.desk = Desk(cell, roster, self._agenda, self, packer, numbers, site)
         self._turns = Turns(self.desk, roster, self._agenda, self)
         self._shelf: Shelf | None = None
         self._has_ended = False
@@ -117,11 +120,14 @@ class HostedJob:
 
     def calls(self) -> Iterator[SiteCall]:
         """Tasks as they come; see `SiteJob.calls`."""
-        while not self._has_ended:
-            if self._calls:
-                yield self._calls.popleft()
-            else:
-                self._agenda.take(None)
+        with suppress(JobAborted):
+            while True:
+                # First: a task may have been cancelled, or the job ended, since the one before was begun.
+                self._agenda.take_waiting()
+                if not self._calls:
+                    self._agenda.take(None)
+                elif (call := self._calls.popleft()).open():
+                    yield call
 
     def broadcast(self, task: Task | Mapping[str, Task], **how: Any) -> Iterator[Result]:
         """Give a task out and yield results; see `SiteJob.broadcast`."""
@@ -157,8 +163,16 @@ class HostedJob:
 
     def call(self, call: SiteCall) -> None:
         """A task came."""
-        self._agenda.post(lambda: self._calls.append(call))
+        self._agenda.post(lambda: self._take(call))
         self._begin()
+
+    def cancel(self, key: tuple[str, int]) -> None:
+        """A task is not wanted any more."""
+
+        def drop() -> None:
+            self._calls = deque(call for call in self._calls if call.key != key)
+
+        self._agenda.post(drop)
 
     def heard(self, event: Callable[[Roster, Desk], None]) -> None:
         """Something is new about the other sites: change the roster, and tell the desk."""
@@ -166,11 +180,7 @@ class HostedJob:
 
     def end(self, reason: str) -> None:
         """The job has ended: what runs is cut short."""
-
-        def note() -> None:
-            self._has_ended = True
-
-        self._agenda.post(note)
+        self._has_ended = True
         if self._thread.is_alive():
             self._agenda.abort(reason)
 
@@ -186,6 +196,12 @@ class HostedJob:
 
     # -- on its thread --
 
+    def _take(self, call: SiteCall) -> None:
+        if not self._agenda.is_over:
+            self._calls.append(call)
+        elif not self._has_ended:
+            call.fail(f"the {type(self._half).__name__} of {self.site} has come to its end")
+
     def _run(self) -> None:
         try:
             if isinstance(self._half, Executor):
@@ -194,7 +210,7 @@ class HostedJob:
                 self._half.run(self)
         except (JobAborted, Closed):
             log.debug("%s: the job has ended", self.site)
-        except Exception as error:  # it is somebody else's code; the server hears what it was, and ends the job
+        except (Exception, SystemExit) as error:  # somebody else's code; the server hears what it was
             log.exception("the controller of %s failed", self.site)
             reason = str(error) if isinstance(error, FlarebusError) else f"{type(error).__name__}: {error}"
             with suppress(Closed):
@@ -212,15 +228,16 @@ class HostedJob:
                 if not isinstance(answer, FLModel):
                     raise TypeError(f"execute() returned an object of type {type(answer).__name__}, not an FLModel")
                 call.answer(answer)
-            except Exception as error:  # the reason travels; the site goes on
+            except (Exception, SystemExit) as error:  # the reason travels; the site goes on
                 log.exception("%s: task %s failed", self.site, call.name)
                 call.fail(f"{type(self._half).__name__}: {type(error).__name__}: {error}")
 
     def _close(self) -> None:
-        self._has_ended = True
         self._turn.leave()
         self.desk.close()
         self._agenda.close()
+        for call in self._calls:
+            self._take(call)
         if self._shelf is not None:
             try:
                 self._shelf.close()

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from flarebus.cell import Cell
 from flarebus.delivery import Delivery
-from flarebus.errors import Closed, DecodeError, FlarebusError, NoRoute, QuorumNotReached, SourceLost
+from flarebus.errors import Closed, DecodeError, FlarebusError, NoRoute, QuorumNotReached, SourceLost, UsageError
 from flarebus.model import FLModel
 from flarebus.pending import Pending
 from flarebus.slab import SlabPool
@@ -61,6 +61,7 @@ class Desk:
         agenda: of the controller's thread.
         owner: told what happens.
         packer: makes messages of tasks.
+        numbers: for its tasks; no two tasks of one owner have the same.
         site: whose desk it is; "" for the server's.
         staging: folder for results in files, or None for memory.
     """
@@ -72,6 +73,7 @@ class Desk:
         agenda: Agenda,
         owner: DeskOwner,
         packer: Packer,
+        numbers: Iterator[int],
         site: str = "",
         staging: Path | None = None,
     ) -> None:
@@ -83,7 +85,7 @@ class Desk:
         self._site = site
         self._pool = SlabPool(folder=staging)
         self._open: OpenTask | None = None
-        self._number = 0
+        self._numbers = numbers
         self._results: weakref.ref[Generator[Result, None, None]] | None = None
 
     # -- what a controller calls; see `flarebus.workflow.controller.Job` --
@@ -108,14 +110,17 @@ class Desk:
         self._agenda.take_waiting()
         if sites is None:
             sites = self._roster.alive if isinstance(task, Task) else list(task)
-        targets = sorted(set(sites))
+        if newcomers and not isinstance(task, Task):
+            raise UsageError("newcomers=True needs one task for all: nobody knows which one a newcomer would get")
+        # Who is not there yet is a newcomer when it comes.
+        targets = sorted({site for site in sites if not newcomers or self._roster.is_alive(site)})
         tally = Tally(targets, min_responses, wait_time_after_min_received, timeout, self._agenda.clock(), newcomers)
-        self._number += 1
         parcels = self._packer.pack(task, targets)
-        open_task = OpenTask(self._number, parcels, tally, targets, in_order, fetch, most_staged, resumes, on_failed)
+        how = (in_order, fetch, most_staged, resumes, on_failed)
+        open_task = OpenTask(next(self._numbers), parcels, tally, targets, *how)
         for site in targets:
             if not self._roster.is_alive(site):
-                open_task.fail(site, self._roster.dead.get(site, "no such site"))
+                open_task.fail(site, self._roster.why_not(site))
         self._open = open_task
         results = self._run(open_task)
         self._results = weakref.ref(results)  # not kept: a controller that breaks out of its loop ends the round
@@ -123,13 +128,11 @@ class Desk:
 
     def cancel(self, reason: str) -> None:
         """End the broadcast that runs now; from any thread. See `Job.cancel`."""
-
-        def end() -> None:
-            if self._open is not None:
-                log.info("%s of round %s cancelled: %s", self._open.name, self._open.round, reason)
-                self._open.was_cancelled = True
-
-        self._agenda.post(end)
+        open_task = self._open
+        if open_task is not None:
+            log.info("%s of round %s cancelled: %s", open_task.name, open_task.round, reason)
+            open_task.was_cancelled = True  # at once: what has arrived already is not used either
+        self._agenda.post(_nothing)
 
     def close(self) -> None:
         """End what runs: nobody waits for its results any more."""
@@ -185,8 +188,8 @@ class Desk:
         """Where to put a result that comes now; None: nowhere yet, or never."""
         open_task = self._open
         room = STAGED_BYTES - self._pool.leased_bytes
-        if open_task is None or not open_task.fetch or not open_task.may_stage:
-            return None
+        if open_task is None or not open_task.fetch or open_task.most_staged is not None:
+            return None  # how many are fetched is counted on the other thread
         return self._pool if nbytes <= min(room, _most_bytes(open_task)) else None
 
     def results_came(self, delivery: Delivery) -> None:
@@ -212,7 +215,7 @@ class Desk:
 
     def _run(self, open_task: OpenTask) -> Generator[Result, None, None]:
         try:
-            self._owner.fire("round_started", round=open_task.round, sites=open_task.targets)
+            self._owner.fire("round_started", round=open_task.round, sites=list(open_task.targets))
             self._assign(open_task.targets)
             yield from self._collect(open_task)
             if not open_task.was_cancelled:
@@ -243,7 +246,7 @@ class Desk:
                         if result.held is None:
                             arrived.answer(tally.failed.get(arrived.site))
                         elif arrived.site in tally.failed:
-                            result.held.release()
+                            result.held.refuse(tally.failed[arrived.site])
                 # The controller is done with it: free its memory, which they hold, before the next one is staged.
                 del arrived, result
                 continue

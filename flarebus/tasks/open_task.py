@@ -104,7 +104,7 @@ class Arrived:
             DecodeError: it is none, or cannot be read without its arrays.
         """
         message = self.delivery.message
-        return HeldModel(self.body, Payload(self.body, message.bundle, message.manifest), lambda: self.answer(None))
+        return HeldModel(self.body, Payload(self.body, message.bundle, message.manifest), self.answer)
 
     def answer(self, refused: str | None) -> None:
         """Tell the site what became of it: if its message is its alone, its `send` may wait for that."""
@@ -162,7 +162,7 @@ class OpenTask:
         self.is_closing = False
         self.was_cancelled = False
         self.nbytes = max((each.payload.nbytes + len(each.payload.body) for each in parcels), default=0)
-        self._most_staged = most_staged
+        self.most_staged = most_staged
         self._on_failed = on_failed
         self.arrived: dict[str, Arrived] = {}
         """What has arrived and is not used yet; changed by the methods here only."""
@@ -221,7 +221,7 @@ class OpenTask:
     @property
     def may_stage(self) -> bool:
         """Whether one more may be fetched, as far as their number goes."""
-        return self._most_staged is None or len(self._staged) < self._most_staged
+        return self.most_staged is None or len(self._staged) < self.most_staged
 
     @property
     def is_staging(self) -> bool:

@@ -116,12 +116,11 @@ class Packer:
 
     def _payload(self, task: Task) -> Payload:
         """The model as the scripts get it."""
-        model = task.model
+        model, filters = task.model, self._outgoing.for_task(task.name)
+        filter_task = FilterTask(task.name, task.round, self._name)
         if isinstance(model, HeldModel):
-            return model.payload_around(_around(model.around, task))
-        filters = self._outgoing.for_task(task.name)
-        if filters:
-            model = filters.apply(model, FilterTask(task.name, task.round, self._name))
+            return model.payload_around(_around(filters.apply_around(model.around, filter_task), task))
+        model = filters.apply(model, filter_task)
         around = _around(model, task)
         around.params, around.params_type = model.params, model.params_type
         around.optimizer_params = model.optimizer_params

@@ -73,6 +73,10 @@ class Roster:
         """Whether `site` is there or may come back."""
         return site in self._host_of and site not in self._dead
 
+    def why_not(self, site: str) -> str:
+        """Why `site`, which is not alive, will not come."""
+        return self._dead.get(site, "no such site")
+
     @property
     def hosts(self) -> list[str]:
         """All hosts that are there, sorted."""

@@ -81,7 +81,8 @@ class Report:
 
     Args:
         site: whose it is.
-        event: what a site controller fired; or `site_joined`, `site_lost` (it may come back), `site_dead`.
+        event: what a site controller fired, or `controller_failed`; or, of any site, `site_joined`, `site_lost` (it
+            may come back), `site_dead`.
         fields: more about it.
     """
 
@@ -144,7 +145,7 @@ class Job(Protocol):
             timeout: seconds for all of it; None leaves it to the sites' lives.
             in_order: yield in the order of the sites' names, whatever the order of arrival.
             newcomers: sites that join meanwhile get the task as well; then it has no end of its own but `timeout`,
-                `cancel` or leaving the loop.
+                the wait for others, `cancel` or leaving the loop. One task for all.
             fetch: False leaves the arrays with the sites, for passing on: see `Result.held`.
             most_staged: results fetched at once; None leaves it to their bytes.
             on_failed: told the site and the reason, on the controller's thread, when a site will give no usable
@@ -152,6 +153,7 @@ class Job(Protocol):
 
         Raises:
             QuorumNotReached: fewer than `min_responses` usable results came, or can come; says why for each site.
+            UsageError: newcomers, and a task for each site.
             JobAborted: the job was ended meanwhile.
         """
 
@@ -197,13 +199,15 @@ class Job(Protocol):
         """
 
     def cancel(self, reason: str) -> None:
-        """End the broadcast that runs now, from any thread: its loop comes to its end, whatever the quorum."""
+        """End the broadcast or relay that runs now, from any thread: its loop comes to its end, whatever the quorum.
+        A `send` that runs raises `QuorumNotReached`."""
 
     def reports(self, timeout: float | None = None) -> Iterator[Report]:
         """What happens at the sites of a job whose sites steer, as it is heard; ends after `timeout` seconds of
         silence.
 
         Raises:
+            UsageError: no site of this job runs a `SiteController`.
             JobAborted: the job was ended meanwhile.
         """
 

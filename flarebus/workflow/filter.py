@@ -6,9 +6,10 @@ site. A chain gives a model through all of its filters or raises: nothing passes
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,12 @@ class _Link:
     filter: Any
     tasks: tuple[str, ...] | None
     needs_values: bool
+    turn: threading.Lock = field(default_factory=threading.Lock)
 
     def process(self, model: FLModel, task: FilterTask) -> FLModel:
         try:
-            found = self.filter.process(model, task)
+            with self.turn:
+                found = self.filter.process(model, task)
         except Exception as error:
             raise FilterFailed(self.name, f"raised {type(error).__name__}: {error}") from error
         if not isinstance(found, FLModel):
@@ -83,7 +86,7 @@ class _Link:
 class FilterChain:
     """The filters of one site for one direction, in order. Made by `build`; without arguments it holds none.
 
-    One thread at a time may use it.
+    Any thread may use it: each filter sees one model at a time.
     """
 
     __slots__ = ("_links", "needs_values")

@@ -18,16 +18,16 @@ class HeldModel:
     Args:
         body: the encoded model.
         payload: where its arrays are.
-        release: told when nobody needs them any more.
+        release: told when nobody needs them any more: None, or why the result did not count.
 
     Raises:
         DecodeError: what is around the parameters cannot be read without them.
     """
 
-    def __init__(self, body: bytes, payload: Payload, release: Callable[[], None]) -> None:
+    def __init__(self, body: bytes, payload: Payload, release: Callable[[str | None], None]) -> None:
         self._body = body
         self._payload = payload
-        self._release: Callable[[], None] | None = release
+        self._release: Callable[[str | None], None] | None = release
         self.around = FLModel()
         """Metrics, meta and rounds of the model; no parameters."""
         self.has_params = has_params(body)
@@ -52,6 +52,13 @@ class HeldModel:
 
     def release(self) -> None:
         """Nobody will fetch it any more: the holder may forget it. Idempotent."""
+        self._settle(None)
+
+    def refuse(self, reason: str) -> None:
+        """The same, and its maker hears why it did not count."""
+        self._settle(reason)
+
+    def _settle(self, refused: str | None) -> None:
         release, self._release = self._release, None
         if release is not None:
-            release()
+            release(refused)

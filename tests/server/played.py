@@ -22,6 +22,7 @@ from flarebus.pending import Pending
 from flarebus.router import Router
 from flarebus.server.archive import Archive
 from flarebus.server.job import ServerJob
+from flarebus.server.pool import HostEnd
 from flarebus.wire import bundle
 from flarebus.workflow.controller import Task
 
@@ -63,6 +64,7 @@ class Work(NamedTuple):
     round: int
     sites: list[str]
     model: FLModel
+    readers: list[str]
 
 
 class MemoryArchive:
@@ -128,9 +130,11 @@ class PlayedHost:
         """The next assignment."""
         return self.work.get(timeout=LIMIT_S)
 
-    def send(self, site: str, number: int, result: FLModel | str, bring: bool = False) -> Pending[Delivery]:
+    def send(
+        self, site: str, number: int, result: FLModel | str, bring: bool = False, readers: Sequence[str] = (SERVER,)
+    ) -> Pending[Delivery]:
         """Answer task `number` for `site` with a model, whose arrays may ride along, or with the words of an error."""
-        payload = self.cell.share("" if isinstance(result, str) else result, (SERVER,))
+        payload = self.cell.share("" if isinstance(result, str) else result, readers)
         error = result if isinstance(result, str) else None
         fields = {"site": site, "number": number, "error": error, "model": payload.body}
         return self.cell.request(SERVER, "task", "result", fields, payload=payload, bring=bring)
@@ -164,7 +168,8 @@ class PlayedHost:
     def _assign(self, delivery: Delivery) -> None:
         fields = delivery.plain()
         model = decode(fields["model"], delivery.pull().result())
-        self.work.put(Work(fields["number"], fields["task"], fields["round"], fields["sites"], model))
+        named = (fields["number"], fields["task"], fields["round"], fields["sites"])
+        self.work.put(Work(*named, model, fields.get("readers", [])))
 
 
 class PassingHost(PlayedHost):
@@ -182,9 +187,14 @@ class PassingHost(PlayedHost):
 
 
 class Bus:
-    """The server's end: loop, router, job; and a thread for its controller."""
+    """The server's end: loop, router, job; and a thread for its controller.
 
-    def __init__(self, archive: Archive | MemoryArchive | None = None) -> None:
+    Args:
+        archive: where the job leaves things; None for memory.
+        changes: of the definition of the job.
+    """
+
+    def __init__(self, archive: Archive | MemoryArchive | None = None, **changes: Any) -> None:
         self.clock = Clock()
         self.archive = MemoryArchive() if archive is None else archive
         self.events: list[tuple[str, dict[str, Any]]] = []
@@ -192,7 +202,7 @@ class Bus:
         self.loop = Loop("test bus")
         self.router = Router(self.loop)
         self.cell = Cell.attach(SERVER, self.router, self.loop)
-        self.job = ServerJob(a_job(), self.cell, cast(Archive, self.archive), self._note, clock=self.clock)
+        self.job = ServerJob(a_job(**changes), self.cell, cast(Archive, self.archive), self._note, clock=self.clock)
         self._thread = ThreadPoolExecutor(1, "controller")
         self._hosts: list[PlayedHost] = []
 
@@ -235,6 +245,28 @@ class Bus:
         """Let time pass, and the job look at its clock."""
         self.clock.now += seconds
         self.job._agenda.post(lambda: None)
+
+    def heard(self) -> None:
+        """Return when the controller's thread, which runs something, has looked at what came so far."""
+        looked = threading.Event()
+        self.job._agenda.post(looked.set)
+        assert looked.wait(LIMIT_S)
+
+    def lose(self, host: PlayedHost) -> None:
+        """The host goes away; the job knows when this returns. Nothing else runs."""
+
+        def listen() -> None:
+            while host.address in self.job.roster.hosts:
+                self.job._agenda.take(None)
+
+        gone = self.start(listen)
+        host.die()
+        gone.result(LIMIT_S)
+
+    def bury(self, host: PlayedHost) -> None:
+        """Say that the host, which is away, will not come back."""
+        end = HostEnd(host.address, tuple(host.sites), "its worker was killed", None, False)
+        self.job.host_died(end, lambda: None)
 
     def wait_for(self, event: str, **fields: Any) -> dict[str, Any]:
         """Wait until the job has told of an event with these fields; all its fields."""

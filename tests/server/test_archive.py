@@ -73,15 +73,15 @@ def full(*_: Any) -> Any:
 
 
 def test_a_round_leaves_a_model_a_row_and_a_line(tmp_path: Path) -> None:
-    """Once a round is durable its model, its row and its line of metrics say the same."""
+    """Once a round is durable its model, its row and its line of metrics say the same, of all its broadcasts."""
     archive = begun(tmp_path)
     do_round(archive, 0, loss=0.5, many=np.arange(3))
-    archive.sites_done({"a": {"loss": 1.0}, "c": {}}, {})
+    archive.sites_done({"c": {}}, {"a": "too late", "b": "boom"})
     do_round(archive, 1, loss=math.nan)
     archive.pages(model(0))
 
     rows, state = journal_of(tmp_path)
-    assert [(row.number, row.accepted) for row in rows] == [(0, ["a"]), (1, ["a"])]
+    assert [(row.number, row.accepted) for row in rows] == [(0, ["a"]), (1, ["a", "c"])]
     assert [row.metrics for row in rows] == [{"loss": 0.5, "many": "[0 1 2]"}, {"loss": None}]
     assert state == ("running", None)
     assert value_of(tmp_path / "models" / GLOBAL) == value_of(tmp_path / "models" / rows[1].model) == 1
@@ -96,6 +96,7 @@ def test_a_round_leaves_a_model_a_row_and_a_line(tmp_path: Path) -> None:
         "refused": {"b": "boom"},
     }
     assert found[1]["metrics"] == {"loss": None}
+    assert (found[1]["sites"], found[1]["refused"]) == ({"a": {"loss": 1}, "c": {}}, {"b": "boom"})
     archive.close("completed", None)
 
 
