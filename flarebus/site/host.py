@@ -256,6 +256,10 @@ class SiteHost:
             if site in self._externals and site not in to_halves:
                 fields = {"name": name, "round": round, "total_rounds": task["total_rounds"]}
                 self._externals[site].assign(Work(ticket, fields, task["model"], delivery))
+        for site in sites:
+            if site in self._others and site not in to_halves:
+                reason = f"{site} has no script, and no executor for tasks named {name!r}"
+                self._cell.request(ticket.target, "task", "result", ticket.result(site, b"", reason))
         if to_scripts or to_halves:
             delivery.pull(self._models).on_done(
                 lambda buffers: self._hand_out(delivery, task, ticket, to_scripts, to_halves, buffers)
