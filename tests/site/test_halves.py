@@ -213,6 +213,9 @@ def test_a_task_that_was_cancelled_is_not_begun(hosted: Hosted, desk: Desk) -> N
         hosted.bus.pass_time(10)
         with pytest.raises(QuorumNotReached):
             running.result(LIMIT_S)
+    # Handled after the cancellation before it.
+    nothing = {"site": "x", "number": 0, "reason": ""}
+    hosted.bus.cell.request("worker-1", "task", "refused", nothing).result(LIMIT_S)
     running = ask(hosted, "score", value=3)
     desk.go_on.set()
 
