@@ -130,7 +130,7 @@ class FedAvg(Controller):
 
     def new_task(self, number: int, model: dict[str, Any]) -> Task:
         """What the sites are given in round `number`."""
-        return Task("train", FLModel(params={**model, **self.hyper_params}), number, self.num_rounds)
+        return Task("train", FLModel(params=model), number, self.num_rounds, beside=self.hyper_params)
 
     def new_mean(self, model: dict[str, Any]) -> RoundMean:
         """Where the results of one round are gathered."""

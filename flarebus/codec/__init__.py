@@ -12,7 +12,7 @@ tensors that share memory still share it on the other side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -86,13 +86,16 @@ def decode(body: Buffer, buffers: Iterable[Buffer], *, copy: bool = False) -> An
     return decode_with(DEFAULT, body, buffers, copy=copy)
 
 
-def edit_model(body: Buffer, edit: Callable[[FLModel], FLModel]) -> bytes | None:
+def edit_model(
+    body: Buffer, edit: Callable[[FLModel], FLModel], beside: Mapping[str, Any] | None = None
+) -> bytes | None:
     """Change metrics, meta and rounds of an encoded `FLModel` without its parameters, which stay where they are.
 
     Args:
         body: as `encode` made it, or as it came.
         edit: gets a model with metrics, meta and rounds only, its own to change, and returns the one whose metrics,
             meta and rounds take their place. What it raises passes through.
+        beside: more parameters, small ones; where the model has one of the same name, these count.
 
     Returns:
         The new body, for the same buffers. None when metrics or meta hold arrays or long strings: those are not all in
@@ -102,7 +105,7 @@ def edit_model(body: Buffer, edit: Callable[[FLModel], FLModel]) -> bytes | None
         DecodeError: the body is not that of an FLModel.
         EncodeError: what `edit` returned may not travel, or does not fit into the body.
     """
-    return edit_model_with(DEFAULT, body, edit)
+    return edit_model_with(DEFAULT, body, edit, beside or {})
 
 
 def register(decomposer: Decomposer) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
 
 from flarebus.codec._decoder import Decoder, read_body
 from flarebus.codec._encoder import Encoder, path_of
-from flarebus.codec._ids import FLMODEL, MAX_BODY
+from flarebus.codec._ids import DICT, FLMODEL, FOLDED, MAX_BODY
 from flarebus.codec._registry import Malformed, Refused, Registry
 from flarebus.errors import DecodeError, EncodeError
 from flarebus.message import Buffer
@@ -60,7 +60,9 @@ class _TreeDecoder(Decoder):
         self._elsewhere()
 
 
-def edit_model_with(registry: Registry, body: Buffer, edit: Callable[[FLModel], FLModel]) -> bytes | None:
+def edit_model_with(
+    registry: Registry, body: Buffer, edit: Callable[[FLModel], FLModel], beside: Mapping[str, Any]
+) -> bytes | None:
     """Edit with the types of `registry`; see `flarebus.codec.edit_model`."""
     decoder = _TreeDecoder(registry)
     try:
@@ -75,7 +77,20 @@ def edit_model_with(registry: Registry, body: Buffer, edit: Callable[[FLModel], 
     edited = edit(model)
     # Checked once more: its fields are open to anybody.
     edited = FLModel(**{name: getattr(edited, name) for name in _AROUND})
-    return _packed(registry, root, n_buffers, arena, edited)
+    return _packed(registry, root, n_buffers, arena, edited, beside)
+
+
+def _joined(encoder: Encoder, params: Any, beside: Mapping[str, Any]) -> list[Any]:
+    """An encoded dict with more in it; what it has of these names goes."""
+    node = [DICT] if params is None else params
+    if type(node) is list and node[:1] == [FOLDED]:
+        node = [each for part in node[1:] for each in part]
+    if type(node) is not list or node[:1] != [DICT]:
+        raise Refused("parameters that are no dict", "nothing goes beside them")
+    pairs = zip(node[1::2], node[2::2], strict=True)
+    kept = [each for key, value in pairs if type(key) is not str or key not in beside for each in (key, value)]
+    more: list[Any] = encoder.plain(dict(beside), 1)
+    return encoder.fold([DICT, *kept, *more[1:]])
 
 
 def has_params(body: Buffer) -> bool:
@@ -99,7 +114,9 @@ def _read_model(body: Buffer) -> tuple[list[Any], int, bytes]:
     return root, n_buffers, arena
 
 
-def _packed(registry: Registry, root: list[Any], n_buffers: int, arena: bytes, edited: FLModel) -> bytes:
+def _packed(
+    registry: Registry, root: list[Any], n_buffers: int, arena: bytes, edited: FLModel, beside: Mapping[str, Any]
+) -> bytes:
     # Nothing may become a buffer: those that there are have their numbers.
     encoder = Encoder(registry, MAX_BODY)
     encoder.inline_below = MAX_BODY
@@ -111,6 +128,8 @@ def _packed(registry: Registry, root: list[Any], n_buffers: int, arena: bytes, e
             except Exception:
                 encoder.trail.append(f".{name}")
                 raise
+        if beside:
+            root[_PARAMS] = _joined(encoder, root[_PARAMS], beside)
         if encoder.buffers:
             raise Refused("more than fits beside the parameters", "metrics and meta are for small things")
         return encoder.pack(root, n_buffers)

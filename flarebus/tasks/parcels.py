@@ -119,12 +119,26 @@ class Packer:
         model, filters = task.model, self._outgoing.for_task(task.name)
         filter_task = FilterTask(task.name, task.round, self._name)
         if isinstance(model, HeldModel):
-            return model.payload_around(_around(filters.apply_around(model.around, filter_task), task))
-        model = filters.apply(model, filter_task)
+            around = _around(filters.apply_around(model.around, filter_task), task)
+            return model.payload_around(around, task.beside)
+        model = filters.apply(_with_beside(model, task.beside) if task.beside else model, filter_task)
         around = _around(model, task)
         around.params, around.params_type = model.params, model.params_type
         around.optimizer_params = model.optimizer_params
         return self._cell.share(around, self._roster.hosts)
+
+
+def _with_beside(model: FLModel, beside: Mapping[str, Any]) -> FLModel:
+    return FLModel(
+        model.params_type,
+        {**(model.params or {}), **beside},
+        model.optimizer_params,
+        model.metrics,
+        model.start_round,
+        model.current_round,
+        model.total_rounds,
+        model.meta,
+    )
 
 
 def _around(model: FLModel, task: Task) -> FLModel:

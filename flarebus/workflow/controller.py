@@ -32,6 +32,7 @@ class Task:
         round: round it belongs to, from 0; reaches the script as `current_round`.
         total_rounds: rounds of the job; reaches the script.
         meta: small extra data for the script.
+        beside: plain values that go beside the parameters, into `params`, and are part of no model.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Task:
     round: int = 0
     total_rounds: int | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Result:

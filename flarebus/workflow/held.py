@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from flarebus.cell import Payload
 from flarebus.codec import edit_model, has_params
@@ -44,9 +45,9 @@ class HeldModel:
         """Bytes of its arrays."""
         return self._payload.nbytes
 
-    def payload_around(self, model: FLModel) -> Payload:
-        """Its parameters with what is around those of `model`, for a message."""
-        body = edit_model(self._body, lambda _: model)
+    def payload_around(self, model: FLModel, beside: Mapping[str, Any]) -> Payload:
+        """Its parameters, and plain values beside them, with what is around those of `model`, for a message."""
+        body = edit_model(self._body, lambda _: model, beside)
         assert body is not None  # it could be read
         return Payload(body, self._payload.bundle, self._payload.manifest)
 

@@ -222,3 +222,28 @@ def test_what_is_no_model_has_no_parameters_to_tell_of(body: bytes) -> None:
     """It is refused as that of a peer."""
     with pytest.raises(DecodeError):
         has_params(body)
+
+
+@pytest.mark.parametrize("n_names", [0, 3, 300])
+def test_more_parameters_go_beside_those_there(n_names: int) -> None:
+    """A long list of names, cut into parts on the wire, too; of the same name, the new one counts."""
+    params: dict[Any, Any] = {f"layer{index}": np.full(400, index) for index in range(n_names)}
+    model = FLModel(params={**params, "rate": 0.5, ("a", 1): None}, metrics={"loss": 1.0})
+    body, buffers = encode(model)
+
+    edited = edit_model(body, lambda around: around, {"rate": 0.25, "loss": "hinge"})
+
+    assert edited is not None
+    found = decode(edited, buffers)
+    assert found.params.keys() == {*params, "rate", "loss", ("a", 1)}
+    assert (found.params["rate"], found.params["loss"]) == (0.25, "hinge")
+    assert all(found.params[name].tolist() == array.tolist() for name, array in params.items())
+    assert found.metrics == {"loss": 1.0}
+
+
+def test_more_parameters_of_a_model_without_any() -> None:
+    """They are all there is."""
+    edited = edit_model(encode(FLModel(metrics={"loss": 1.0})).body, lambda around: around, {"rate": 0.5})
+
+    assert edited is not None
+    assert decode(edited, []).params == {"rate": 0.5}

@@ -80,7 +80,7 @@ class FakeJob:
         arriving = targets if how.get("in_order") else self._order.sample(targets, len(targets))
         failed = {}
         for site in arriving:
-            model = self._answer(site, task.round, task.model.params or {})
+            model = self._answer(site, task.round, {**(task.model.params or {}), **task.beside})
             if model is None:
                 failed[site] = "the script failed"
             else:

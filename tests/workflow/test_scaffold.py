@@ -50,8 +50,8 @@ def test_hyper_params_go_out_too() -> None:
     job = FakeJob(lambda *_: answer(1, 1), params=ZEROS)
     run(job, hyper_params={"rate": 0.5})
 
-    given = job.rounds_done[0].task.model.params or {}
-    assert (given.keys(), given["rate"]) == ({"w", "rate"}, 0.5)
+    task = job.rounds_done[0].task
+    assert ((task.model.params or {}).keys(), task.beside) == ({"w"}, {"rate": 0.5})
     assert sent(job) == [{"w": [0, 0]}]
 
 
