@@ -28,9 +28,11 @@ from flarebus.site.handout import HandOut
 from flarebus.site.launcher import TrainerExit
 from flarebus.site.output import SiteLogs
 from flarebus.site.relay_filters import RelayFilters
+from flarebus.site.ticket import Kept
 from flarebus.site.trainer import CONFIG_FILE, Ground, Process, Trainer
 from flarebus.site.upstream import Upstream
 from flarebus.site.work import Work, cause_of, real_error
+from flarebus.slab import SlabPool
 from flarebus.workflow.filter import FilterChain
 
 __all__ = ["ExternalSite"]
@@ -88,6 +90,7 @@ class ExternalSite:
         self._clock = clock
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._handout = HandOut(self, self._events.put, self._filters, self._upstream)
+        self._pool = SlabPool()
         self._work: Work | None = None
         self._number = -1
         # One at a time: the next one begins when this one has left.
@@ -293,12 +296,12 @@ class ExternalSite:
         except FlarebusError as error:
             self._refuse_result(life, message, error)
             return
-        if body is None:
-            if message.manifest is not None:
+        if body is None or work.ticket.stays:
+            if body is None and message.manifest is not None:
                 self.note("INFO", "a filter looks at the result: it is fetched here first")
 
             def pulled(arrived: Pending[Sequence[Buffer]]) -> None:
-                self._events.put(lambda: self._filter_result(life, work, fields["model"], arrived))
+                self._events.put(lambda: self._fetched(life, work, body, fields["model"], arrived))
 
             life.pull(0, message).on_done(pulled)
             return
@@ -307,11 +310,19 @@ class ExternalSite:
         else:
             self._forward(life, work, body, self._upstream.share_result(work, message.buffers))
 
-    def _filter_result(self, life: Trainer, work: Work, body: bytes, arrived: Pending[Sequence[Buffer]]) -> None:
+    def _fetched(
+        self, life: Trainer, work: Work, body: bytes | None, unfiltered: bytes, arrived: Pending[Sequence[Buffer]]
+    ) -> None:
+        """A result is here whole: for a filter, or to stay."""
         if work is not self._work or work.result is None:
             return
         try:
-            body, buffers = self._filters.filter_result(work, body, arrived.result())
+            buffers = arrived.result()
+            if body is None:
+                body, buffers = self._filters.filter_result(work, unfiltered, buffers)
+            if work.ticket.stays:
+                self._keep(life, work, body, buffers)
+                return
         except SourceLost as error:
             self._not_taken(life, work, error)
             return
@@ -319,6 +330,18 @@ class ExternalSite:
             self._refuse_result(life, work.result, error)
             return
         self._forward(life, work, body, self._upstream.share_result(work, buffers))
+
+    def _keep(self, life: Trainer, work: Work, body: bytes, buffers: Sequence[Buffer]) -> None:
+        """Offer a result until whoever gave the task releases it. The trainer goes on, or leaves."""
+        message = work.result
+        assert message is not None
+        if message.manifest is None:  # they may lie in what belongs to the pipe
+            buffers = Kept((work.fields["name"], work.fields["round"]), body, buffers, self._pool).buffers
+        payload = self._upstream.share_result(work, buffers)
+        self._upstream.send_result(work, body, payload, lambda _: None)
+        self._close_work()
+        self._answer(life, message, "")
+        self._let_go_after_one(life)
 
     def _answer(self, life: Trainer, message: Message, refused: str) -> None:
         """Say what became of a result; a trainer that cannot be told would wait for it."""

@@ -22,6 +22,7 @@ class Ticket:
         owner: the site that gave it; "" for the server.
         readers: addresses whose cells may fetch the answer, for it may be passed on or asked for again: the site keeps
             it, and its script does not wait. Empty: the target alone fetches it, at once.
+        stays: it is not fetched now: the site keeps it until it is released, and nobody waits for that meanwhile.
         resumes: an answer to the task of this name and round that another one was given, or will be, is this answer.
     """
 
@@ -29,6 +30,7 @@ class Ticket:
     number: int
     owner: str = ""
     readers: tuple[str, ...] = ()
+    stays: bool = False
     resumes: bool = False
 
     @classmethod
@@ -41,7 +43,8 @@ class Ticket:
         number, owner, readers = fields["number"], fields["owner"], fields.get("readers", ())
         if type(number) is not int or type(owner) is not str or not all(type(each) is str for each in readers):
             raise TypeError("a task without a number or an owner")
-        return cls(source, number, owner, tuple(readers), bool(fields.get("resumes", False)))
+        stays, resumes = bool(fields.get("stays", False)), bool(fields.get("resumes", False))
+        return cls(source, number, owner, tuple(readers), stays, resumes)
 
     @property
     def key(self) -> tuple[str, int]:

@@ -85,7 +85,7 @@ class Packer:
             "total_rounds": parcel.task.total_rounds,
             "model": parcel.payload.body,
         }
-        return {**value, "readers": self.everybody()} if self._keeps or not fetch else value
+        return {**value, "readers": self.everybody(), "stays": not fetch} if self._keeps or not fetch else value
 
     def everybody(self) -> list[str]:
         """All addresses that may fetch what is passed on."""

@@ -107,6 +107,26 @@ def test_a_trainer_that_comes_with_its_task_gets_it_once(play: Play) -> None:
         process.exit(code=0)
 
 
+@pytest.mark.parametrize("launch_once", [True, False], ids=["for good", "for one task"])
+@pytest.mark.parametrize("pipe", PIPES)
+def test_a_result_that_stays_rests_with_the_site(play: Play, pipe: str, launch_once: bool) -> None:
+    """Its trainer goes on or leaves; whoever may fetch it does so later, until it is released."""
+    site = play(pipe=pipe, launch_once=launch_once)
+    site.give(1, readers=["server.job"])
+    process = site.launch()
+    engine = process.init()
+    task, _ = take(engine)
+    send(engine, task, 7.0, BIG).result()
+    held = site.result()
+    if launch_once:
+        site.give(2)
+        answered(site, engine, 8.0)
+    process.exit(code=0)
+
+    assert model_of(site.accept(held)) == [7.0, 7.0]
+    wait_until(lambda: site.host.statistics().offers_held == 0, "nothing is offered any more")
+
+
 def test_a_result_that_is_not_used_is_noted(play: Play) -> None:
     """The script is not told by an exception, the user by the site's log."""
     site = play()
