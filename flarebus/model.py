@@ -27,6 +27,7 @@ class MetaKey:
     SITE_NAME = "site_name"
     CLIENT_NAME = "client_name"
     FEDPROX_MU = "fedprox_mu"
+    EARLY_TERMINATION = "EARLY_TERMINATION"
 
 
 def _checked_round(name: str, value: int | None) -> int | None:
@@ -52,7 +53,8 @@ class FLModel:
         start_round: first round of the job, from 0.
         current_round: round this belongs to, from 0, or None.
         total_rounds: number of rounds of the job, or None.
-        meta: anything small; `NUM_STEPS_CURRENT_ROUND` is the weight of the update.
+        meta: anything small; `NUM_STEPS_CURRENT_ROUND` is the weight of the update. With `EARLY_TERMINATION`, True, a
+            site ends a job whose workflow lets it.
 
     Raises:
         ConfigError: a field has a wrong type, or a `params_type` comes without params.

@@ -31,6 +31,11 @@ class Algorithm:
     options: tuple[Option, ...] = ()
 
 
+def _order(text: str) -> str | list[str]:
+    """One of the orders, or names of sites with commas between."""
+    return text.split(",") if "," in text else text
+
+
 ALGORITHMS = {
     each.workflow: each
     for each in (
@@ -74,6 +79,34 @@ ALGORITHMS = {
             "scaffold",
             "ScaffoldRecipe",
             "SCAFFOLD: federated averaging whose sites correct their gradients by how they differ from everybody's.",
+        ),
+        Algorithm(
+            "cyclic",
+            "CyclicRecipe",
+            "Cyclic weight transfer: one site after the other trains the model on its own data, and hands it on.",
+            (
+                of_the_algorithm(
+                    "--order",
+                    type=_order,
+                    metavar="ORDER|NAMES",
+                    help="FIXED, RANDOM, RANDOM_WITHOUT_SAME_IN_A_ROW, or names of sites: b,a,c. Default: FIXED.",
+                ),
+                of_the_algorithm(
+                    "--task-assignment-timeout",
+                    type=float,
+                    metavar="SECONDS",
+                    help="How long a site that is not there has to come in its turn. Default: 10.",
+                ),
+                of_the_algorithm(
+                    "--task-result-timeout", type=float, metavar="SECONDS", help="How long a site may train."
+                ),
+                of_the_algorithm(
+                    "--allow-early-termination",
+                    is_flag=True,
+                    default=None,
+                    help="A site may end the job with its update.",
+                ),
+            ),
         ),
         Algorithm(
             "swarm",

@@ -50,13 +50,15 @@ class Watcher:
         self._key_metric = key_metric
         self._total_rounds = 0
         self._complaints = 0
+        self._failed: set[str] = set()
         self._bars = _Bars(console) if console.is_terminal else None
         self._handlers: dict[str, Callable[[Mapping[str, Any]], None]] = {
             "job_started": self._job_started,
             "round_started": self._round_started,
             "result_accepted": self._result_accepted,
             "result_refused": lambda fields: self._complain(fields, "refused"),
-            "site_failed": lambda fields: self._complain(fields, "failed"),
+            "site_failed": self._site_failed,
+            "turn_lost": self._turn_lost,
             "round_committed": self._round_committed,
         }
 
@@ -97,6 +99,14 @@ class Watcher:
         if self._bars is not None:
             self._bars.answered(fields["n_accepted"])
 
+    def _site_failed(self, fields: Mapping[str, Any]) -> None:
+        self._failed.add(fields["site"])
+        self._complain(fields, "failed")
+
+    def _turn_lost(self, fields: Mapping[str, Any]) -> None:
+        if fields["site"] not in self._failed:  # else that is why, and it was said
+            self._complain(fields, "lost its turn")
+
     def _complain(self, fields: Mapping[str, Any], what: str) -> None:
         self._complaints += 1
         if self._complaints <= _MAX_COMPLAINTS:
@@ -105,6 +115,7 @@ class Watcher:
             self.say(f"round {fields['round'] + 1}: more sites {what}; the log of the server names them")
 
     def _round_committed(self, fields: Mapping[str, Any]) -> None:
+        self._failed.clear()
         value = fields["metrics"].get(self._key_metric)
         shown = f"{self._key_metric} {value:.4f}" if isinstance(value, int | float) else ""
         if self._bars is not None:

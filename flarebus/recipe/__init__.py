@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flarebus.job.kinds import DataKind, ExchangeFormat, FrameworkType, TransferType
+from flarebus.recipe.cyclic import CyclicRecipe
 from flarebus.recipe.env import ExecEnv
 from flarebus.recipe.fedavg import FedAvgRecipe
 from flarebus.recipe.fedopt import FedOptRecipe
@@ -19,6 +20,7 @@ from flarebus.workflow.filter import Filter, FilterTask
 from flarebus.workflow.robust import KrumAggregator, MedianAggregator, TrimmedMeanAggregator
 
 __all__ = [
+    "CyclicRecipe",
     "DataKind",
     "ExchangeFormat",
     "ExecEnv",

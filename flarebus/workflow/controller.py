@@ -248,8 +248,13 @@ class Job(Protocol):
         """
 
     def fire(self, event: str, **fields: Any) -> None:
-        """Tell whoever listens that something happened: `round_started`, `result_accepted` and `round_committed` come
-        by themselves, `before_aggregation` and `after_aggregation` from a workflow that aggregates."""
+        """Tell whoever listens that something happened.
+
+        These come by themselves: `site_joined`, `site_lost` and `site_dead`; `round_started`, `result_accepted`,
+        `result_refused` and `site_failed` of each task; `turn_lost` of a relay; `round_committed`. A workflow that
+        aggregates fires `before_aggregation`, when all results of a round are in, and `after_aggregation`, when the new
+        model is made.
+        """
 
 
 class Controller(ABC):

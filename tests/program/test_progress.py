@@ -56,6 +56,21 @@ def test_bars_on_a_terminal() -> None:
     assert "site-2 failed" in text
 
 
+def test_a_lost_turn_is_said_once() -> None:
+    """Where a site failed, that is why its turn was lost; otherwise the reason for that is shown."""
+    lost = [
+        ("site_failed", {"round": 0, "site": "site-1", "reason": "boom"}),
+        ("turn_lost", {"round": 0, "site": "site-1", "reason": "boom"}),
+        ("turn_lost", {"round": 0, "site": "site-2", "reason": "it was not there in time"}),
+    ]
+    text, _ = watched([*EVENTS[:2], *lost], terminal=False)
+
+    assert text.splitlines()[1:] == [
+        "round 1: site-1 failed: boom",
+        "round 1: site-2 lost its turn: it was not there in time",
+    ]
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_metric_nobody_reported_is_not_shown(terminal: bool) -> None:
     """Without the key metric the round is shown all the same."""

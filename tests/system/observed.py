@@ -92,9 +92,10 @@ class ObservedRun:
         size: int = 4,
         env: Any = None,
         prepare: Callable[[FedAvgRecipe], None] | None = None,
+        kind: type[FedAvgRecipe] = FedAvgRecipe,
         **given: Any,
     ) -> Run:
-        """Start FedAvg with `script` on `sites`, one worker for each of two sites, from a model of zeros.
+        """Start a job with `script` on `sites`, one worker for each of two sites, from a model of zeros.
 
         Args:
             script: text of the training script.
@@ -102,11 +103,12 @@ class ObservedRun:
             size: weights of the model.
             env: settings of the environment.
             prepare: called with the recipe before it is started.
+            kind: of recipe.
             given: parameters of the recipe.
         """
         path = self.folder / "client.py"
         path.write_text(script)
-        recipe = FedAvgRecipe(
+        recipe = kind(
             **{
                 "name": "job",
                 "model": {"w": np.zeros(size, np.float32)},
