@@ -106,7 +106,9 @@ class FedAvg(Controller):
         mean = self._train(job, number, model)
         # A model that nobody received has not been judged.
         is_best = bool(model) and self.selector.is_best(mean.metrics)
+        job.fire("before_aggregation", round=number, metrics=mean.metrics)
         model = self.update_model(job, model, mean)
+        job.fire("after_aggregation", round=number)
         job.commit(number, model, mean.metrics, best=is_best)
         return model, mean.metrics
 

@@ -167,12 +167,17 @@ def test_events_tell_what_happens(sim: Simulations) -> None:
     assert [event for event, _ in sim.events if event != "site_metrics"] == [
         "job_started",
         *["site_joined"] * 2,
-        *["round_started", "result_accepted", "result_accepted", "round_committed"] * 2,
+        *[
+            *["round_started", "result_accepted", "result_accepted"],
+            *["before_aggregation", "after_aggregation", "round_committed"],
+        ]
+        * 2,
         "job_ended",
     ]
     told = dict(sim.events)
     assert told["job_started"]["total_rounds"] == 2
     assert told["round_started"] == {"round": 1, "sites": ["site-1", "site-2"]}
+    assert told["before_aggregation"] == {"round": 1, "metrics": {"accuracy": 0.5}}
     assert told["round_committed"]["metrics"] == {"accuracy": 0.5}
     assert Path(told["round_committed"]["model_path"]).parent == sim.run_dir / "server/models"
     assert told["job_ended"] == {"state": "completed", "reason": None}

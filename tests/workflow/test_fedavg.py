@@ -287,6 +287,30 @@ def test_memory_is_given_back_every_so_many_rounds(monkeypatch: pytest.MonkeyPat
     assert cleaned == [2, 4]
 
 
+def test_aggregation_is_told_before_and_after() -> None:
+    """Whoever listens hears when all results are in, before the model is made, and when it is."""
+    moments: list[tuple[str, Any]] = []
+
+    class Watched(FedAvg):
+        def update_model(self, job: Any, model: dict[str, Any], mean: Any) -> dict[str, Any]:
+            moments.append(("update", None))
+            return super().update_model(job, model, mean)
+
+    job = FakeJob(lambda site, *_: update(1, loss=2.0), params=ZEROS)
+    job.events = moments
+    Watched(num_rounds=2, min_clients=2).run(job)
+
+    assert moments == [
+        (event, fields)
+        for round in range(2)
+        for event, fields in (
+            ("before_aggregation", {"round": round, "metrics": {"loss": 2.0}}),
+            ("update", None),
+            ("after_aggregation", {"round": round}),
+        )
+    ]
+
+
 # --- metrics, the best model, and the end
 
 
