@@ -198,8 +198,10 @@ class PipeHandler:
     def _read(self) -> None:
         while not self._ended:
             patience = self._patience()
+            # Who is awaited may come on a thread of the pipe's, which does not end the waiting here.
+            limit = (self._liveness.timeout or None) if patience is None else patience or LAST_LOOK_S
             try:
-                message = self._pipe.receive(LAST_LOOK_S if patience == 0 else patience)
+                message = self._pipe.receive(limit)
             except BrokenPipeError as error:
                 self._gone(str(error) or "the pipe is broken")
                 return

@@ -66,6 +66,25 @@ def test_peer_that_never_shows_up_is_gone_after_the_timeout(make: Make, fake: Fa
     assert told.status() == (Topic.PEER_GONE, "no sign of life for 30 s")
 
 
+def test_peer_that_was_awaited_and_falls_silent_is_gone(make: Make, fake: FakePipe) -> None:
+    """Its first sign of life may come on a thread of the pipe, past whoever waits; silence counts from there."""
+    clock = FakeTime()
+    _, told = make(fake, clock=clock, awaits_peer=True)
+    assert the_next(fake.waits) == 30
+
+    clock.now += 1000
+    fake.inbox.put(None)
+    assert the_next(fake.waits) == 30  # whoever is awaited may take any time
+    assert fake.to is not None
+    fake.to(Message(Topic.HEARTBEAT))
+    clock.now += 30
+    fake.inbox.put(None)
+    assert the_next(fake.waits) == LAST_LOOK_S
+    fake.inbox.put(None)
+
+    assert told.status() == (Topic.PEER_GONE, "no sign of life for 30 s")
+
+
 def test_what_comes_in_at_the_last_look_is_life(make: Make, fake: FakePipe) -> None:
     """A process that stood still itself does not take its peer for dead."""
     clock = FakeTime()
