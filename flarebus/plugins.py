@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from flarebus.errors import ConfigError
 
-__all__ = ["Installed", "PluginKind", "origin_of"]
+__all__ = ["Installed", "PluginKind", "is_path", "origin_of"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -84,7 +84,7 @@ class PluginKind:
         """
         if not isinstance(name, str) or not name:
             raise ConfigError(self.noun, name, f"the name of a {self.noun}")
-        if ":" in name or "." in name:
+        if is_path(name):
             # Asked first for names without dots only: reading all entry points takes longer than most imports.
             return self._import_class(name, name)
         values = {each.path for each in self.installed() if each.name == name}
@@ -118,6 +118,11 @@ class PluginKind:
         if not isinstance(found, type):
             raise ConfigError(self.noun, name, f"{path} is a {type(found).__name__}, not a class")
         return found
+
+
+def is_path(name: str) -> bool:
+    """Whether the name of a plug-in is the path of its class, which need not be installed under a name."""
+    return ":" in name or "." in name
 
 
 def origin_of(cls: type) -> str:

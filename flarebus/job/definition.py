@@ -6,6 +6,7 @@ It holds no socket, thread or open file; files are read only by the methods that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 
 from flarebus.errors import ConfigError
 from flarebus.job.checks import check_enum, check_keys, check_mapping, nearest
-from flarebus.job.class_ref import ClassRef
+from flarebus.job.class_ref import ClassRef, code_folder_first
 from flarebus.job.code import CodeLayout, file_content, lay_out
 from flarebus.job.file_names import KERAS_MODEL, KERAS_SUFFIXES, stem_of, suffix_of
 from flarebus.job.filter_ref import FilterRef
@@ -24,6 +25,7 @@ from flarebus.job.kinds import DataKind, FrameworkType
 from flarebus.job.plugins import load_workflow
 from flarebus.job.site_config import SiteConfig
 from flarebus.job.tracking_ref import TrackingRef
+from flarebus.plugins import is_path
 from flarebus.workflow.params import as_array, flatten, rebuild
 
 __all__ = ["JobDefinition"]
@@ -125,7 +127,7 @@ class JobDefinition:
         present = list(sites)
         for parameter, needed in (("min_clients", "needs"), ("clients_per_round", "asks for")):
             count = self.workflow_settings.get(parameter)
-            if count is not None and count > len(present):
+            if isinstance(count, int) and count > len(present):
                 raise ConfigError(parameter, count, f"{needed} more sites than there are: {len(present)}")
         for parameter, named in (
             ("clients" if self.open_to_others else "per_site_config", self.sites),
@@ -182,12 +184,14 @@ class JobDefinition:
         return self.model.build(self.code_dir, "model") if isinstance(self.model, ClassRef) else self.model
 
     def make_workflow(self) -> Any:
-        """Load the workflow and build it with its settings; a custom aggregator given by its path is built first."""
+        """Load the workflow, from the code of the job if it is there, and build it with its settings; a custom
+        aggregator given by its path is built first."""
         settings = dict(self.workflow_settings)
-        aggregator = settings.get("aggregator")
-        if isinstance(aggregator, ClassRef):
-            settings["aggregator"] = aggregator.build(self.code_dir, "aggregator")
-        return load_workflow(self.workflow)(**settings)
+        with code_folder_first(self.code_dir) if is_path(self.workflow) else nullcontext():
+            aggregator = settings.get("aggregator")
+            if isinstance(aggregator, ClassRef):
+                settings["aggregator"] = aggregator.build(self.code_dir, "aggregator")
+            return load_workflow(self.workflow)(**settings)
 
     def code_layout(self) -> CodeLayout:
         """The names of the code files inside a job folder. Walks the folders of the scripts."""

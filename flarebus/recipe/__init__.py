@@ -15,6 +15,7 @@ from flarebus.recipe.scaffold import ScaffoldRecipe
 from flarebus.recipe.sim_env import SimEnv
 from flarebus.recipe.swarm import SwarmRecipe
 from flarebus.recipe.tracking import add_experiment_tracking
+from flarebus.recipe.workflow import WorkflowRecipe
 from flarebus.workflow.aggregator import ModelAggregator
 from flarebus.workflow.filter import Filter, FilterTask
 from flarebus.workflow.robust import KrumAggregator, MedianAggregator, TrimmedMeanAggregator
@@ -41,5 +42,6 @@ __all__ = [
     "SwarmRecipe",
     "TransferType",
     "TrimmedMeanAggregator",
+    "WorkflowRecipe",
     "add_experiment_tracking",
 ]

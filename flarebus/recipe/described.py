@@ -12,7 +12,7 @@ from typing import Any
 from flarebus.errors import ConfigError
 from flarebus.job.class_ref import ClassRef
 
-__all__ = ["check_filter", "describe"]
+__all__ = ["check_filter", "code_folder", "describe"]
 
 _DESCRIBE = 'give {"class_path": "pkg.mod.Class", "args": {...}} instead'
 # What no call by keyword can pass on.
@@ -21,6 +21,15 @@ _UNNAMED = {
     inspect.Parameter.VAR_POSITIONAL: "of any number",
     inspect.Parameter.VAR_KEYWORD: "of any name",
 }
+
+
+def code_folder() -> Path:
+    """The folder of the running script; the working directory where a module or an interpreter runs."""
+    main = sys.modules.get("__main__")
+    file = getattr(main, "__file__", None)
+    if file is None or getattr(main, "__spec__", None) is not None:
+        return Path.cwd()
+    return Path(file).absolute().parent
 
 
 def check_filter(value: object, code_dir: Path) -> ClassRef:

@@ -9,7 +9,7 @@ from flarebus.errors import ConfigError
 from flarebus.job.executor_ref import ExecutorRef
 from flarebus.job.filter_ref import check_tasks
 from flarebus.job.plugins import load_executor_class
-from flarebus.plugins import origin_of
+from flarebus.plugins import is_path, origin_of
 from flarebus.recipe.described import describe
 from flarebus.workflow.executor import load_executor
 from flarebus.workflow.site_controller import SiteController
@@ -41,6 +41,6 @@ def _with_path(value: object) -> object:
     if not isinstance(value, Mapping):
         return value
     name = value.get("class_path")
-    if not isinstance(name, str) or "." in name or ":" in name:
+    if not isinstance(name, str) or is_path(name):
         return value
     return {**value, "class_path": origin_of(load_executor_class(name))}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +16,7 @@ from flarebus.job.kinds import FrameworkType
 from flarebus.job.report import check_report_path
 from flarebus.job.site_config import SiteConfig
 from flarebus.plugins import origin_of
-from flarebus.recipe.described import describe
+from flarebus.recipe.described import code_folder, describe
 from flarebus.recipe.recipe import Recipe
 from flarebus.recipe.validate import check_site_name
 from flarebus.statistics import (
@@ -100,7 +99,7 @@ class FedStatsRecipe(Recipe):
         enable_pre_run_task: bool = True,
     ) -> None:
         settings = _settings(dict(locals()))  # before any other local: exactly the parameters
-        code_dir = _code_dir()
+        code_dir = code_folder()
         limits = (
             MinCountCleanser(min_count),
             AddNoiseToMinMax(min_noise_level, max_noise_level),
@@ -181,12 +180,3 @@ def _executor_of(job: JobDefinition) -> ExecutorRef:
         if ref.ref.class_path == origin_of(StatisticsExecutor):
             return ref
     raise ConfigError("site_defaults.executors", job.workflow, f"needs {origin_of(StatisticsExecutor)}")
-
-
-def _code_dir() -> Path:
-    """The folder of the running script; the working directory where a module or an interpreter runs."""
-    main = sys.modules.get("__main__")
-    file = getattr(main, "__file__", None)
-    if file is None or getattr(main, "__spec__", None) is not None:
-        return Path.cwd()
-    return Path(file).absolute().parent

@@ -15,7 +15,9 @@ from flarebus.job.checks import nearest
 from flarebus.job.definition import JobDefinition
 from flarebus.job.filter_ref import FilterRef, check_tasks
 from flarebus.job.folder import read_job, write_job
+from flarebus.job.plugins import known_workflows
 from flarebus.job.site_config import SiteConfig
+from flarebus.plugins import is_path
 from flarebus.recipe.described import check_filter
 from flarebus.recipe.env import ExecEnv
 from flarebus.recipe.executors import check_executor
@@ -28,6 +30,8 @@ __all__ = ["Recipe"]
 # How long an interrupted job may take to end in an orderly way, in seconds; a second interrupt cuts it short.
 _INTERRUPT_GRACE_S = 30.0
 _DEFAULT_EXPORT_DIR = "fl_job"
+# What the recipe for workflows that have none of their own says its workflow is.
+_OTHERS = ""
 
 
 class Recipe(ABC):
@@ -38,7 +42,7 @@ class Recipe(ABC):
     """
 
     workflow: ClassVar[str]
-    """Name of the workflow, set by each recipe class that can be read back from a job folder."""
+    """Name of the workflow, set by each recipe class that can be read back from a job folder; "" for all others."""
 
     _by_workflow: ClassVar[dict[str, type[Recipe]]] = {}
     _definition: JobDefinition
@@ -210,6 +214,8 @@ class Recipe(ABC):
         """
         job = read_job(Path(job_dir))
         kind = Recipe._by_workflow.get(job.workflow)
+        if kind is None and (is_path(job.workflow) or job.workflow in known_workflows()):
+            kind = Recipe._by_workflow[_OTHERS]
         where = f"{Path(job_dir).absolute() / 'job.json'}: "
         if kind is None:
             known = nearest(Recipe._by_workflow, job.workflow)

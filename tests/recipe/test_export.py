@@ -305,7 +305,7 @@ def _edit(target: Path, change) -> None:
         (lambda data: data.pop("schema_version"), "schema_version=None"),
         (lambda data: data.update(name=3), "job.name=3: a string"),
         (lambda data: data.update(ckpt_is_bundled=0), "job.ckpt_is_bundled=0: true or false"),
-        (lambda data: data.update(workflow="cyclic"), "workflow='cyclic': no recipe"),
+        (lambda data: data.update(workflow="cyclc"), "workflow='cyclc': no recipe.*did you mean 'cyclic'"),
         (lambda data: data["site_defaults"].update(train_script="../../etc/x.py"), "train_script.*a path below"),
         (lambda data: data["site_defaults"].update(train_script="layers/../client.py"), "train_script.*a path below"),
         (lambda data: data["site_defaults"].update(train_script="/etc/x.py"), "train_script.*a path below"),

@@ -49,7 +49,7 @@ def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What every recipe needs, with the code in the working directory."""
     tmp_path.joinpath("my_tables.py").write_text(TABLES)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("flarebus.recipe.fedstats._code_dir", Path.cwd)
+    monkeypatch.setattr("flarebus.recipe.fedstats.code_folder", Path.cwd)
     return {
         "statistic_configs": {"mean": {}},
         "stats_generator": {"class_path": "my_tables.Tables", "args": {"size": 5}},

@@ -47,7 +47,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The code of the job in the working directory."""
     tmp_path.joinpath("my_tables.py").write_text(TABLES)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("flarebus.recipe.fedstats._code_dir", Path.cwd)
+    monkeypatch.setattr("flarebus.recipe.fedstats.code_folder", Path.cwd)
 
 
 def run(tmp_path: Path, faults: dict[str, str], **settings: Any) -> tuple[Path, dict[str, Any], dict[str, Any]]:
