@@ -91,6 +91,16 @@ class CheckpointStore:
         layout.fill(file.arrays, params)
         self._best = file
 
+    @property
+    def current_path(self) -> Path | None:
+        """The file of the current model, if there is one."""
+        return None if self._current is None else self._current.path
+
+    @property
+    def best_path(self) -> Path | None:
+        """The file of the best model, if there is one."""
+        return None if self._best is None else self._best.path
+
     def sync(self) -> None:
         """Return when current and best model are durable, and their names lead to them."""
         self._sync_files()

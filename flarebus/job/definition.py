@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from flarebus.job.filter_ref import FilterRef
 from flarebus.job.initial import load_initial, params_of
 from flarebus.job.keras_models import is_keras_model, load_keras, weights_in
 from flarebus.job.kinds import DataKind, FrameworkType
+from flarebus.job.model_ref import ModelRef, read_model_refs
 from flarebus.job.plugins import load_workflow
 from flarebus.job.site_config import SiteConfig
 from flarebus.job.tracking_ref import TrackingRef
+from flarebus.job.workflow_ref import WorkflowRef
 from flarebus.plugins import is_path
 from flarebus.workflow.params import as_array, flatten, rebuild
 
@@ -55,6 +57,8 @@ class JobDefinition:
         tracking: trackers that are told what happens, at the server or at the sites.
         output_filters: what every task goes through before it leaves the server.
         input_filters: what every result goes through when it has come to the server.
+        afterwards: workflows that run after the first one, in this order, with the same sites.
+        models: name -> a model that the workflows find at the server, besides those that they make.
         job_id: 32 hexadecimal digits once the job is started, "" before.
     """
 
@@ -73,6 +77,8 @@ class JobDefinition:
     tracking: tuple[TrackingRef, ...] = ()
     output_filters: tuple[FilterRef, ...] = ()
     input_filters: tuple[FilterRef, ...] = ()
+    afterwards: tuple[WorkflowRef, ...] = ()
+    models: Mapping[str, ModelRef] = field(default_factory=dict)
     job_id: str = ""
 
     @property
@@ -125,13 +131,17 @@ class JobDefinition:
             ConfigError: too few sites, or a site of the job is missing, or one of them has no part in the job.
         """
         present = list(sites)
+        settings = dict(self.workflow_settings)
+        for ref in self.afterwards:
+            settings |= {name: each for name, each in ref.settings.items() if name == "participating_clients"}
         for parameter, needed in (("min_clients", "needs"), ("clients_per_round", "asks for")):
-            count = self.workflow_settings.get(parameter)
+            count = settings.get(parameter)
             if isinstance(count, int) and count > len(present):
                 raise ConfigError(parameter, count, f"{needed} more sites than there are: {len(present)}")
         for parameter, named in (
             ("clients" if self.open_to_others else "per_site_config", self.sites),
-            ("aggregation_weights", self.workflow_settings.get("aggregation_weights") or {}),
+            ("aggregation_weights", settings.get("aggregation_weights") or {}),
+            ("participating_clients", settings.get("participating_clients") or ()),
         ):
             for site in named:
                 if site not in present:
@@ -193,6 +203,20 @@ class JobDefinition:
                 settings["aggregator"] = aggregator.build(self.code_dir, "aggregator")
             return load_workflow(self.workflow)(**settings)
 
+    def make_workflows(self) -> list[Any]:
+        """Load and build the workflow and those that run after it, in their order."""
+        return [self.make_workflow(), *(ref.make(self.code_dir) for ref in self.afterwards)]
+
+    def check_models(self) -> None:
+        """See that the files in `models` are there.
+
+        Raises:
+            ConfigError: one is not.
+        """
+        for name, ref in self.models.items():
+            if not ref.path.is_file():
+                raise ConfigError(f"models[{name!r}]", str(ref.path), "the path of a file that the server can read")
+
     def code_layout(self) -> CodeLayout:
         """The names of the code files inside a job folder. Walks the folders of the scripts."""
         scripts = [self.site_defaults.train_script, *(self.sites[site].train_script for site in sorted(self.sites))]
@@ -237,6 +261,8 @@ class JobDefinition:
             "tracking": [ref.to_json() for ref in self.tracking],
             "output_filters": [ref.to_json() for ref in self.output_filters],
             "input_filters": [ref.to_json() for ref in self.input_filters],
+            "afterwards": [ref.to_json() for ref in self.afterwards],
+            "models": {name: ref.to_json() for name, ref in self.models.items()},
         }
 
     @classmethod
@@ -282,6 +308,10 @@ class JobDefinition:
             ),
             output_filters=_filters(data, "output_filters"),
             input_filters=_filters(data, "input_filters"),
+            afterwards=tuple(
+                WorkflowRef.from_json(each, f"afterwards[{index}]") for index, each in enumerate(data["afterwards"])
+            ),
+            models=read_model_refs(data["models"]),
         )
 
     def _described(self, layout: CodeLayout) -> dict[str, Any]:
@@ -291,6 +321,9 @@ class JobDefinition:
             config["train_script"] = layout.scripts.get(config["train_script"], "")
         if self.ckpt_is_bundled and self.initial_ckpt is not None:
             data["initial_ckpt"] = (self.initial_ckpt.name, file_content(self.initial_ckpt))
+        for name, ref in self.models.items():
+            if ref.is_bundled:
+                data["models"][name] = (ref.path.name, file_content(ref.path))
         data["aggregator"] = self.workflow_settings.get("aggregator")
         return data
 
@@ -322,6 +355,8 @@ _JSON_KEYS: dict[str, tuple[type, ...]] = {
     "tracking": (list,),
     "output_filters": (list,),
     "input_filters": (list,),
+    "afterwards": (list,),
+    "models": (dict,),
 }
 _WORDS = {str: "a string", dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
 

@@ -4,6 +4,7 @@ job.json             schema_version and the description; validated when read, un
 code/                the training scripts and the Python modules around them
 model.safetensors    initial parameters, unless the model is named by its class
 checkpoint/<file>    an `initial_ckpt` that is part of the job
+models/<name>/<file> other models that are part of it
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from flarebus.errors import ConfigError, DecodeError
 from flarebus.job.checks import check_mapping
 from flarebus.job.definition import JobDefinition
 from flarebus.job.initial import params_of
+from flarebus.job.model_ref import ModelRef
 from flarebus.job.site_config import SiteConfig
 from flarebus.job.tensor_file import load_params, save_params
 
 __all__ = ["SCHEMA_VERSION", "is_job_folder", "read_job", "write_job"]
 
 SCHEMA_VERSION = 1
-_JOB, _CODE, _MODEL, _CHECKPOINT = "job.json", "code", "model.safetensors", "checkpoint"
+_JOB, _CODE, _MODEL, _CHECKPOINT, _MODELS = "job.json", "code", "model.safetensors", "checkpoint", "models"
 # A description is a page of text; anything longer is not one.
 _MAX_JOB_BYTES = 2**20
 
@@ -90,6 +92,12 @@ def _fill(job: JobDefinition, folder: Path) -> None:
         folder.joinpath(_CHECKPOINT).mkdir()
         shutil.copyfile(job.initial_ckpt, folder / _CHECKPOINT / job.initial_ckpt.name)
         data["initial_ckpt"] = f"{_CHECKPOINT}/{job.initial_ckpt.name}"
+    for name, ref in job.models.items():
+        if ref.is_bundled:
+            target = folder / _MODELS / name / ref.path.name
+            target.parent.mkdir(parents=True)
+            shutil.copyfile(ref.path, target)
+            data["models"][name]["path"] = f"{_MODELS}/{name}/{ref.path.name}"
     text = json.dumps({"schema_version": SCHEMA_VERSION, **data}, indent=2, allow_nan=False)
     folder.joinpath(_JOB).write_text(text + "\n", encoding="utf-8")
     folder.chmod(0o755)  # mkdtemp made it private; a job folder is there to be handed on
@@ -127,6 +135,7 @@ def _read(job_dir: Path) -> JobDefinition:
     return replace(
         job,
         initial_ckpt=ckpt,
+        models={name: _model_placed(job_dir, name, ref) for name, ref in job.models.items()},
         site_defaults=_placed(job.site_defaults, code_dir, "site_defaults"),
         sites={site: _placed(config, code_dir, f"sites[{site!r}]") for site, config in job.sites.items()},
     )
@@ -160,6 +169,10 @@ def _placed(config: SiteConfig, code_dir: Path, parameter: str) -> SiteConfig:
         return config
     script = _inside(code_dir, config.train_script, f"{parameter}['train_script']")
     return replace(config, train_script=str(script))
+
+
+def _model_placed(job_dir: Path, name: str, ref: ModelRef) -> ModelRef:
+    return replace(ref, path=_inside(job_dir, str(ref.path), f"models[{name!r}]")) if ref.is_bundled else ref
 
 
 def _inside(root: Path, name: str, parameter: str) -> Path:

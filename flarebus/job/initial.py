@@ -9,6 +9,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,10 @@ from numpy.typing import NDArray
 from flarebus.errors import ConfigError, DecodeError
 from flarebus.job.file_names import CKPT_SUFFIXES, KERAS_MODEL, KERAS_WEIGHTS, suffix_of
 from flarebus.job.keras_models import is_keras_model, layer_weights, load_keras
-from flarebus.job.tensor_file import load_params
+from flarebus.job.tensor_file import load_params, save_params
 from flarebus.workflow.params import as_array, flatten, rebuild
 
-__all__ = ["NUMPY_KEY", "load_initial", "params_of"]
+__all__ = ["NUMPY_KEY", "load_initial", "map_initial", "params_of"]
 
 NUMPY_KEY = "numpy_key"
 """The name of a model that is a single array."""
@@ -65,6 +66,30 @@ def load_initial(path: Path) -> dict[str, Any]:
     if not params:
         raise ConfigError("initial_ckpt", str(path), "holds no parameters")
     return params
+
+
+def map_initial(path: Path, folder: Path, parameter: str) -> dict[str, Any]:
+    """Load a checkpoint so that its arrays lie on the pages of a file, and not in memory.
+
+    Args:
+        folder: where a file may be made for that; it is gone when this returns, its pages are not.
+        parameter: what errors call the checkpoint.
+
+    Raises:
+        ConfigError: see `load_initial`.
+        EncodeError: it holds something that cannot be kept in a file.
+        OSError: the disk is full.
+    """
+    try:
+        params = load_initial(path)
+    except ConfigError as error:
+        raise ConfigError(parameter, error.value, error.allowed) from error
+    if suffix_of(path) == ".safetensors":
+        return params
+    with TemporaryDirectory(prefix=".checkpoint-", dir=folder) as place:
+        copy = Path(place) / "model.safetensors"
+        save_params(params, copy)
+        return load_params(copy)
 
 
 def _npy(path: Path) -> dict[str, Any]:

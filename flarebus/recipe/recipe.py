@@ -233,7 +233,9 @@ class Recipe(ABC):
         except ConfigError as error:
             raise ConfigError(f"{where}{error.parameter}", error.value, error.allowed) from error
         # Paths inside the folder are absolute by now; that the checkpoint belongs to the job is known from the folder.
-        recipe._definition = replace(recipe._definition, code_dir=job.code_dir, ckpt_is_bundled=job.ckpt_is_bundled)
+        recipe._definition = replace(
+            recipe._definition, code_dir=job.code_dir, ckpt_is_bundled=job.ckpt_is_bundled, models=job.models
+        )
         return recipe
 
     @classmethod
@@ -284,9 +286,17 @@ _ADDED_TO_SOME = (*_ADDED, "launch_timeout", "memory_gc_rounds", "cuda_empty_cac
 
 def _with_additions(made: JobDefinition, job: JobDefinition) -> JobDefinition:
     """The job that the parameters of `job` make, with what was added to it later."""
-    made = replace(made, tracking=job.tracking, output_filters=job.output_filters, input_filters=job.input_filters)
+    made = replace(
+        made,
+        tracking=job.tracking,
+        output_filters=job.output_filters,
+        input_filters=job.input_filters,
+        afterwards=job.afterwards,
+    )
     for ref in job.tracking:
         check_tracking(ref)
+    for later in job.afterwards:
+        later.make(job.code_dir)
     defaults = _taken_over(made.site_defaults, job.site_defaults, _ADDED)
     sites = {site: _taken_over(config, job.sites[site], _ADDED) for site, config in made.sites.items()}
     if not job.open_to_others:

@@ -14,8 +14,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from flarebus.job.checkpoint import CheckpointStore, export_pt
+from flarebus.job.checkpoint import GLOBAL_NAME, CheckpointStore, export_pt
 from flarebus.job.definition import JobDefinition
+from flarebus.job.file_names import stem_of
+from flarebus.job.initial import map_initial
 from flarebus.job.journal import Journal, append_metrics
 from flarebus.job.keras_models import export_keras
 from flarebus.job.kinds import FrameworkType
@@ -24,6 +26,8 @@ from flarebus.job.tensor_file import load_params
 from flarebus.server.site_metrics import MetricFile
 
 __all__ = ["Archive"]
+
+_GLOBAL_STEM = stem_of(Path(GLOBAL_NAME))
 
 
 class Archive:
@@ -66,6 +70,18 @@ class Archive:
     def current_params(self) -> dict[str, Any]:
         """The model that the next round begins with."""
         return self._params
+
+    def models(self) -> dict[str, dict[str, Any]]:
+        """The models that are here, by the names of their files; see `Job.models`."""
+        self._finish_commit()
+        found = {
+            name: map_initial(ref.path, self._folder, f"models[{name!r}]") for name, ref in self._job.models.items()
+        }
+        suffix = ".pt" if self._job.framework is FrameworkType.PYTORCH else ".safetensors"
+        for stem, path in ((_GLOBAL_STEM, self._store.current_path), (self._job.best_stem, self._store.best_path)):
+            if path is not None:
+                found[f"{stem}{suffix}"] = load_params(path)
+        return found
 
     def pages(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Writable arrays like those in `params`, on the pages of the file that holds no committed model."""

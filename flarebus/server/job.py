@@ -141,6 +141,10 @@ class ServerJob:
                     return
             yield self._reports.popleft()
 
+    def models(self) -> dict[str, dict[str, Any]]:
+        """The models that are here, by name; see `Job.models`."""
+        return self._archive.models()
+
     def pages(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Writable arrays on the pages of the next model file."""
         return self._archive.pages(params)

@@ -121,7 +121,7 @@ class Simulation:
         self._state = "running"
         self._over = threading.Event()
         self._server_job: ServerJob | None = None
-        self._controller: Any = None
+        self._controllers: list[Any] = []
         self._initial: dict[str, Any] = {}
         self._pool: WorkerPool | None = None
         self._sockets: SocketFolder | None = None
@@ -135,7 +135,8 @@ class Simulation:
         LogConfig.parse(self._log_config)
         for ref in self._job.tracking:
             check_installed(ref)
-        self._controller = self._job.make_workflow()
+        self._controllers = self._job.make_workflows()
+        self._job.check_models()
         self._initial = self._job.initial_params()
         try:
             self._thread.start()
@@ -246,7 +247,8 @@ class Simulation:
         start = self._start_host if self._debug else self._start_workers
         with start(stack, router, loop, server_job, str(address), server_dir):
             server_job.wait_for_sites(self._sites, START_S)
-            self._controller.run(server_job)
+            for controller in self._controllers:
+                controller.run(server_job)
 
     @contextmanager
     def _start_workers(

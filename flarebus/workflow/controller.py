@@ -119,6 +119,16 @@ class Job(Protocol):
     def initial_params(self) -> Params:
         """The last committed model, or the one the job came with; empty when it came without."""
 
+    def models(self) -> Mapping[str, Params]:
+        """The models that the server has, by the names of their files: those that the job brought, and, as far as there
+        are any, the last one that was committed or kept, and the best. Their arrays lie on the pages of files.
+
+        Raises:
+            ConfigError: a model that the job brought cannot be read.
+            EncodeError: it holds something that cannot be kept in a file.
+            OSError: the disk is full.
+        """
+
     def rounds(self, num_rounds: int) -> Iterator[int]:
         """Round numbers from the first that is not committed; raises `JobAborted` between them once it is wanted."""
 

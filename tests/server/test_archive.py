@@ -15,10 +15,13 @@ import pytest
 import safetensors.numpy
 import torch
 
+from flarebus.errors import ConfigError
 from flarebus.job import checkpoint
 from flarebus.job.journal import CommittedRound, Journal
 from flarebus.job.kinds import FrameworkType
+from flarebus.job.model_ref import ModelRef
 from flarebus.job.site_config import SiteConfig
+from flarebus.job.tensor_file import save_params
 from flarebus.server import archive as server_archive
 from flarebus.server.archive import Archive
 from tests.server.played import LIMIT_S, a_job
@@ -301,3 +304,51 @@ def test_everything_is_let_go_though_the_end_cannot_be_noted(tmp_path: Path, mon
 
     assert models(tmp_path) == {GLOBAL: 0}
     assert not (tmp_path / "models" / GLOBAL).is_symlink()
+
+
+# --- models for evaluation
+
+
+def weights_of(archive: Archive) -> dict[str, list[float]]:
+    """The first array of each model."""
+    return {name: next(iter(params.values()))[:3].tolist() for name, params in archive.models().items()}
+
+
+def test_models_are_the_last_and_the_best_by_the_names_of_their_files(tmp_path: Path) -> None:
+    """As far as there are any."""
+    archive = begun(tmp_path)
+    assert weights_of(archive) == {}
+    do_round(archive, 0)
+    assert weights_of(archive) == {GLOBAL: [0.0] * 3}
+    do_round(archive, 1, best=True)
+    do_round(archive, 2)
+
+    assert weights_of(archive) == {GLOBAL: [2.0] * 3, BEST: [0.0] * 3}
+    archive.close("completed", None)
+    assert models(tmp_path) == {GLOBAL: 2.0, BEST: 0.0}
+
+
+def test_models_that_the_job_brings_lie_in_no_memory(tmp_path: Path) -> None:
+    """Whatever their format; of a file that this takes nothing is left. With PyTorch the others have its suffix."""
+    np.save(tmp_path / "a.npy", np.arange(3.0))
+    save_params({"w": np.arange(4.0)}, tmp_path / "b.safetensors")
+    refs = {"a.npy": ModelRef(tmp_path / "a.npy"), "b": ModelRef(tmp_path / "b.safetensors", True)}
+    (tmp_path / "server").mkdir()
+    archive = begun(tmp_path / "server", FrameworkType.PYTORCH, models=refs)
+    do_round(archive, 0)
+    archive.models()
+    before = set(tmp_path.rglob("*"))
+
+    assert weights_of(archive) == {"a.npy": [0, 1, 2], "b": [0, 1, 2], "FL_global_model.pt": [0.0] * 3}
+    assert set(tmp_path.rglob("*")) == before
+    archive.close("completed", None)
+
+
+def test_a_model_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """As the job calls it."""
+    (tmp_path / "a.npy").write_bytes(b"no array")
+    archive = begun(tmp_path, models={"first": ModelRef(tmp_path / "a.npy")})
+
+    with pytest.raises(ConfigError, match=r"models\['first'\].*is damaged"):
+        archive.models()
+    archive.close("failed", None)
