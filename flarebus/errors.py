@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 __all__ = [
+    "AddedAlready",
     "ClientApiError",
     "Closed",
     "ConfigError",
@@ -79,6 +80,10 @@ class ConfigError(UsageError, ValueError):
 
 class ClientApiError(UsageError, RuntimeError):
     """A Client API call came too early, too late or on the wrong rank."""
+
+
+class AddedAlready(UsageError, RuntimeError):
+    """Something that a recipe can have once was added to it again."""
 
 
 class FilterFailed(UsageError, RuntimeError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from flarebus.job.kinds import DataKind, ExchangeFormat, FrameworkType, TransferType
 from flarebus.recipe.cyclic import CyclicRecipe
 from flarebus.recipe.env import ExecEnv
+from flarebus.recipe.evaluation import CrossSiteEvalRecipe, add_cross_site_evaluation
 from flarebus.recipe.fedavg import FedAvgRecipe
 from flarebus.recipe.fedopt import FedOptRecipe
 from flarebus.recipe.fedprox import FedProxRecipe
@@ -21,6 +22,7 @@ from flarebus.workflow.filter import Filter, FilterTask
 from flarebus.workflow.robust import KrumAggregator, MedianAggregator, TrimmedMeanAggregator
 
 __all__ = [
+    "CrossSiteEvalRecipe",
     "CyclicRecipe",
     "DataKind",
     "ExchangeFormat",
@@ -43,5 +45,6 @@ __all__ = [
     "TransferType",
     "TrimmedMeanAggregator",
     "WorkflowRecipe",
+    "add_cross_site_evaluation",
     "add_experiment_tracking",
 ]
