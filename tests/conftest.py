@@ -26,7 +26,12 @@ def _own_simulation_root(tmp_path_factory: pytest.TempPathFactory) -> None:
 def tf() -> Any:
     """TensorFlow, which takes seconds to import: only where a test asks for it, and without its greetings."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    return pytest.importorskip("tensorflow")
+    import tensorflow
+    from absl import logging as absl_logging
+
+    # It keeps the stream of this very test, and closes it when somebody configures logging.
+    absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
+    return tensorflow
 
 
 @pytest.fixture

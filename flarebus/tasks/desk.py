@@ -15,7 +15,16 @@ from typing import Any, Protocol
 
 from flarebus.cell import Cell
 from flarebus.delivery import Delivery
-from flarebus.errors import Closed, DecodeError, FlarebusError, NoRoute, QuorumNotReached, SourceLost, UsageError
+from flarebus.errors import (
+    Closed,
+    DecodeError,
+    FlarebusError,
+    NoRoute,
+    PeerError,
+    QuorumNotReached,
+    SourceLost,
+    UsageError,
+)
 from flarebus.model import FLModel
 from flarebus.pending import Pending
 from flarebus.slab import SlabPool
@@ -393,7 +402,8 @@ class Desk:
             open_task.line_up_again()
             arrived.delivery.fail(error)
         else:
-            self.fail(arrived.site, f"its result could not be used: {error}")
+            done = "used" if isinstance(error, PeerError | UsageError) else "fetched"
+            self.fail(arrived.site, f"its result could not be {done}: {error}")
             arrived.answer(str(error))
 
     def _refuse(self, site: str, reason: str) -> None:
