@@ -17,17 +17,9 @@ INSTALL, BY_NAME, BY_PATH, CHECK = commands(EXAMPLE / "README.md")
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory: pytest.TempPathFactory) -> FreshEnvironment:
-    """Made once for all tests here; the example is installed by its own first command."""
-    environment = FreshEnvironment(tmp_path_factory.mktemp("fresh"))
-    assert INSTALL == ["pip", "install", "."]
-    environment.install(EXAMPLE)
-    return environment
-
-
 def test_all_that_is_imported_was_installed(fresh: FreshEnvironment, tmp_path: Path) -> None:
     """Neither flarebus nor the pipe comes from this checkout."""
+    assert INSTALL == ["pip", "install", "."]
     code = "import flarebus, flarebus_pipes, flarebus_tcp_pipe as t; print(flarebus.__file__, t.__file__)"
 
     found = fresh.run(["python", "-c", code], tmp_path)
@@ -58,18 +50,6 @@ def test_pipe_keeps_its_promises_where_it_is_installed(fresh: FreshEnvironment) 
     done = fresh.run([*CHECK, "-p", "no:cacheprovider"], EXAMPLE, 300)
 
     assert done.returncode == 0, done.stdout
-
-
-def test_pipe_is_listed_with_its_origin(fresh: FreshEnvironment, tmp_path: Path) -> None:
-    """`flarebus plugins` shows the pipe beside the built-in ones, and all of them can be used."""
-    done = fresh.run(["flarebus", "plugins"], tmp_path)
-
-    assert done.returncode == 0, done.stderr
-    assert ["pipe", "tcp", "flarebus_tcp_pipe:TcpPipe", "flarebus-tcp-pipe", "1.0"] in map(
-        str.split, done.stdout.splitlines()
-    )
-    assert "workflows.fedavg:FedAvg" in done.stdout
-    assert "cannot be used" not in done.stdout
 
 
 def test_unknown_name_lists_what_is_installed(fresh: FreshEnvironment) -> None:
