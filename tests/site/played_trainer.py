@@ -139,6 +139,8 @@ class PlayedSite:
         self.launched: queue.SimpleQueue[PlayedProcess] = queue.SimpleQueue()
         self.fault: Exception | None = None
         """What the next launch raises."""
+        self.attached: list[TrainerEngine] = []
+        """Trainers that nobody launched; closed at the end."""
         self.server.inbox("task", "result", self.results.put)
         self.server.on("metric", "records", lambda delivery: self.records.put(delivery.value()))
         self.host.inbox("task", "assign", self._assign)
@@ -234,6 +236,8 @@ class PlayedSite:
         for process in self._processes:
             if not process.wait(0):
                 process.exit(code=0)
+        for engine in self.attached:
+            engine.close()
         self.site._events.put(self.clock.hurry)
         assert self.site.wait_ended(LIMIT_S)
         self.site._thread.join(LIMIT_S)

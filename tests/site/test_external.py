@@ -688,7 +688,9 @@ def config_file(site: PlayedSite) -> Path:
 
 def attach(site: PlayedSite) -> TrainerEngine:
     """What somebody's trainer does."""
-    return InThread(TrainerEngine.connect, from_file(config_file(site)), 0).result()
+    engine = InThread(TrainerEngine.connect, from_file(config_file(site)), 0).result()
+    site.attached.append(engine)
+    return engine
 
 
 def test_a_trainer_attaches_with_the_published_configuration(attached: PlayedSite) -> None:
