@@ -73,6 +73,11 @@ class CheckpointStore:
         self._before, self._current = self._current, file
         return file.path
 
+    def write(self) -> None:
+        """Return when the current model is in its file for other processes: it outlives this one, not the machine."""
+        if self._current is not None:
+            self._current.write()
+
     def take_back(self) -> None:
         """What `finish` made the current model is not to be it: the one before is again."""
         self._current = self._before

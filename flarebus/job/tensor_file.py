@@ -177,13 +177,21 @@ class MappedFile:
         Raises:
             OSError: the disk is full, or fails.
         """
-        if self._is_held:
-            begin = len(self.layout.header)
-            left = memoryview(self._map)[begin:]
-            while left:
-                left = left[os.pwrite(self._handle, left, self.layout.nbytes - left.nbytes) :]
+        self.write()
         # Not mmap.flush: that keeps all other threads of Python waiting for the disk.
         os.fdatasync(self._handle) if hasattr(os, "fdatasync") else os.fsync(self._handle)
+
+    def write(self) -> None:
+        """Return when whoever reads the file finds what the arrays hold, as long as the machine runs.
+
+        Raises:
+            OSError: the disk is full, or fails.
+        """
+        if not self._is_held:
+            return
+        left = memoryview(self._map)[len(self.layout.header) :]
+        while left:
+            left = left[os.pwrite(self._handle, left, self.layout.nbytes - left.nbytes) :]
 
     def rename(self, path: Path) -> None:
         """Give the file another name, replacing what has it; arrays stay valid."""

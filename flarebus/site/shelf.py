@@ -1,7 +1,8 @@
 """Shelf: the models that one site keeps, on its own disk, and of which round the last one is.
 
 A model is durable before the note that names it, and the note takes the place of the one before in one step: whoever
-reads it after a crash finds a whole model. The disk gets its time while the next round goes on.
+reads it after a crash finds a whole model. The disk gets its time while the next round goes on; until then a second
+note names the model for a process that is started again, which finds in memory what was written there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from flarebus.job.tensor_file import load_params, sync_folder
 __all__ = ["Shelf"]
 
 _NOTE = "kept.json"
+_NOTE_NOW = "kept_now.json"
+# Another one each time the machine starts; only Linux has it, and elsewhere the durable note has to do.
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Shelf:
@@ -39,6 +43,7 @@ class Shelf:
         self._folder = folder / "models"
         self._framework = framework
         self._store = CheckpointStore(self._folder, f"{best_stem}.safetensors")
+        self._boot = _boot_id()
         self._round, self._params = self._found()
         self._best = self._found_best(best_stem)
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="flarebus keep")
@@ -69,6 +74,9 @@ class Shelf:
         self._finish()
         path = self._store.finish(params)
         self._params, self._round = params, round
+        if self._boot:
+            self._store.write()
+            self._write(_NOTE_NOW, {"file": path.name, "round": round, "boot": self._boot})
         self._syncing = self._syncer.submit(self._make_durable, path, round)
 
     def keep_best(self, params: dict[str, Any]) -> None:
@@ -88,7 +96,10 @@ class Shelf:
             steps.callback(self._store.close)
             steps.callback(self._syncer.shutdown)
             self._finish()
-        self._folder.joinpath(_NOTE).unlink(missing_ok=True)
+        for name in (_NOTE, _NOTE_NOW):
+            self._folder.joinpath(name).unlink(missing_ok=True)
+        for file in self._folder.glob("model-*.safetensors"):  # of lives that were cut short
+            file.unlink()
         if self._framework is FrameworkType.PYTORCH:
             for file in sorted(self._folder.glob("*.safetensors")):
                 export_pt(load_params(file), file.with_suffix(".pt"))
@@ -100,13 +111,19 @@ class Shelf:
 
     def _make_durable(self, path: Path, round: int) -> None:
         self._store.sync()
-        temporary = self._folder / f".{_NOTE}"
+        self._write(_NOTE, {"file": path.name, "round": round}, durable=True)
+
+    def _write(self, name: str, note: dict[str, Any], durable: bool = False) -> None:
+        """Put a note into the place of the one before, in one step."""
+        temporary = self._folder / f".{name}"
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump({"file": path.name, "round": round}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._folder / _NOTE)
-        sync_folder(self._folder)
+            json.dump(note, file)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, self._folder / name)
+        if durable:
+            sync_folder(self._folder)
 
     def _found_best(self, stem: str) -> dict[str, Any]:
         try:
@@ -118,12 +135,22 @@ class Shelf:
 
     def _found(self) -> tuple[int | None, dict[str, Any]]:
         """What an earlier life of this site has left."""
-        try:
-            note = json.loads(self._folder.joinpath(_NOTE).read_text(encoding="utf-8"))
-            name, number = note["file"], note["round"]
-            if type(name) is not str or type(number) is not int or "/" in name:
-                raise TypeError("a note that names no model")
-            return number, load_params(self._folder / name)
-        except (OSError, ValueError, KeyError, TypeError, DecodeError):
-            # Nothing else depends on it: others have the model, or the round before is done again.
-            return None, {}
+        for name in (_NOTE_NOW, _NOTE):
+            try:
+                note = json.loads(self._folder.joinpath(name).read_text(encoding="utf-8"))
+                file, number = note["file"], note["round"]
+                if type(file) is not str or type(number) is not int or "/" in file:
+                    raise TypeError("a note that names no model")
+                if note.get("boot", self._boot) == self._boot:
+                    return number, load_params(self._folder / file)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, DecodeError):
+                # Nothing else depends on it: others have the model, or the round before is done again.
+                continue
+        return None, {}
+
+
+def _boot_id() -> str:
+    try:
+        return _BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
