@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 from flarebus.client.memory import release_memory
-from flarebus.errors import ConfigError, QuorumNotReached
+from flarebus.errors import QuorumNotReached
 from flarebus.job.class_ref import ClassRef
 from flarebus.model import FLModel
 from flarebus.workflow.aggregator import ModelAggregator, RoundMean
@@ -24,6 +24,7 @@ from flarebus.workflow.mean import WeightedMean
 from flarebus.workflow.selection import BestModelSelector
 from flarebus.workflow.site_controller import Call, SiteController, SiteJob
 from workflows._swarm_gatherer import Gatherer, GatherRules
+from workflows._swarm_parameters import check_swarm_parameters
 from workflows._swarm_words import (
     CONFIGURE,
     GIVE_BEST,
@@ -41,9 +42,8 @@ __all__ = ["MetricComparator", "SwarmClientController"]
 
 log = logging.getLogger(__name__)
 
-# What these ids name in NVFlare is here the one way in which models are kept and travel.
-_MAY_BE_NONE = ("learn_task_timeout", "request_to_submit_result_max_wait", "wait_time_after_min_resps_received")
-_FIXED_IDS = {"persistor_id": "persistor", "shareable_generator_id": "shareable_generator"}
+# What only the leader of the latest term may ask for.
+_OF_LEADERS = (LEAD, KEEP_LAST, KEEP_BEST, SPREAD_BEST)
 
 
 class MetricComparator:
@@ -67,14 +67,14 @@ class SwarmClientController(SiteController):
         metric_comparator_id: None for more or less of the key metric, as its name or `key_metric_mode` says, or
             `{"class_path", "args"}` of a `MetricComparator`.
         learn_task_check_interval: seconds; taken over from configurations of NVFlare. Tasks are pushed here.
-        learn_task_abort_timeout: seconds that a leader who has been replaced may take to hear of it.
+        learn_task_abort_timeout: seconds; as `learn_task_check_interval`. A leader who is replaced stops at once.
         learn_task_ack_timeout: seconds that a site may take to accept the lead.
         learn_task_timeout: seconds that training may take in one round; None for no limit.
         final_result_ack_timeout: seconds that sites may take to accept the last and the best model.
         min_responses_required: usable results that a round needs; 0 is one of each trainer.
         wait_time_after_min_resps_received: seconds that the others have from then on; None for as long as they live.
-        request_to_submit_result_max_wait: seconds that a site keeps offering a result that nobody fetches; None keeps
-            it until the next round. Nobody asks for permission: the leader fetches when it has room.
+        request_to_submit_result_max_wait: seconds that a result may wait at the leader while others are fetched; then
+            it does not count. None for no limit. Nobody asks for permission: the leader fetches when it has room.
         request_to_submit_result_msg_timeout: seconds; as `learn_task_check_interval`.
         request_to_submit_result_interval: seconds; as `learn_task_check_interval`.
         max_concurrent_submissions: results that a leader fetches at once.
@@ -128,7 +128,9 @@ class SwarmClientController(SiteController):
         self.memory_gc_rounds = memory_gc_rounds
         self.cuda_empty_cache = cuda_empty_cache
         self._settings: dict[str, Any] = {}
+        # The latest that this site has heard of, and the one in which it leads.
         self._term = 0
+        self._leads_in: int | None = None
         self._aggregator: ModelAggregator | None = None
         self._comparator: Any = None
 
@@ -136,12 +138,13 @@ class SwarmClientController(SiteController):
         """Do what is asked for, to the end of the job."""
         for call in job.calls():
             self._adopt(job, call.model.meta[SETTINGS])
-            asked = call.name.removeprefix(f"{self.task_name_prefix}_")
-            if asked == CONFIGURE:
+            asked = self._asked(call)
+            if asked in _OF_LEADERS and Course.from_meta(call.model.meta).term < self._term:
+                call.fail(f"the lead was taken over: this is term {self._term}")
+            elif asked == CONFIGURE:
                 call.answer(FLModel(meta={"round": job.shelf.round}))
             elif asked == TERM:
-                self._term = max(self._term, Course.from_meta(call.model.meta).term)
-                call.answer()
+                call.answer()  # it was heard when it came
             elif asked == LEAD:
                 self._take_lead(job, call)
             elif asked in (GIVE_LAST, GIVE_BEST):
@@ -157,6 +160,18 @@ class SwarmClientController(SiteController):
                 self._spread(job, KEEP_BEST, job.shelf.best_params, call.round)
             else:
                 call.fail(f"{call.name!r} is no task of a swarm")
+
+    def interrupts(self, call: Call) -> bool:
+        """A later term than that in which this site leads: another one has the round by now."""
+        if self._asked(call) in (TERM, *_OF_LEADERS):
+            self._term = max(self._term, Course.from_meta(call.model.meta).term)
+        return self._is_replaced()
+
+    def _is_replaced(self) -> bool:
+        return self._leads_in is not None and self._leads_in < self._term
+
+    def _asked(self, call: Call) -> str:
+        return call.name.removeprefix(f"{self.task_name_prefix}_")
 
     def _adopt(self, job: SiteJob, settings: Mapping[str, Any]) -> None:
         if settings == self._settings:
@@ -178,19 +193,22 @@ class SwarmClientController(SiteController):
     # -- leading --
 
     def _take_lead(self, job: SiteJob, call: Call) -> None:
-        course = Course.from_meta(call.model.meta)
-        if course.term < self._term:
-            call.fail(f"the lead was taken over: term {course.term} is over, this is {self._term}")
-            return
-        self._term = course.term
         call.answer()
-        self._lead(job, call.round, call.model.params or {}, course)
+        course = Course.from_meta(call.model.meta)
+        self._leads_in = course.term
+        try:
+            self._lead(job, call.round, call.model.params or {}, course)
+        finally:
+            self._leads_in = None
 
     def _lead(self, job: SiteJob, number: int, model: dict[str, Any], course: Course) -> None:
         """Aggregate rounds from `number` on, until another site takes the lead or there is none left."""
-        while True:
+        while not self._is_replaced():
             job.fire("swarm_leads", round=number, term=course.term)
-            model, course = self._round(job, number, model, course)
+            gatherer = self._gather(job, number, model, course)
+            if self._is_replaced():
+                return
+            model, course = self._aggregate(job, gatherer, model, course)
             number += 1
             if self.memory_gc_rounds and number % self.memory_gc_rounds == 0:
                 release_memory(self.cuda_empty_cache)
@@ -200,12 +218,18 @@ class SwarmClientController(SiteController):
             if self._hand_over(job, number, model, course):
                 return
 
-    def _round(self, job: SiteJob, number: int, model: dict[str, Any], course: Course) -> tuple[dict[str, Any], Course]:
+    def _gather(self, job: SiteJob, number: int, model: dict[str, Any], course: Course) -> Gatherer:
         trainers = self._among(job, self._settings["train_clients"])
         params = {**model, **(self._settings["hyper_params"] or {})}
         task = Task(self.learn_task_name, FLModel(params=params), number, self._settings["num_rounds"])
         gatherer = Gatherer(job, task, trainers, self._new_mean(model), self._rules(), course.resumes)
         gatherer.gather()
+        return gatherer
+
+    def _aggregate(
+        self, job: SiteJob, gatherer: Gatherer, model: dict[str, Any], course: Course
+    ) -> tuple[dict[str, Any], Course]:
+        number = gatherer.task.round
         course = replace(self._judged(job, model, gatherer.metrics, course), resumes=False)
         job.fire("before_aggregation", round=number)
         model = gatherer.aggregate(model)
@@ -250,7 +274,7 @@ class SwarmClientController(SiteController):
                 )
             except QuorumNotReached as error:
                 log.warning("%s: %s did not take the lead of round %d: %s", job.site, site, number, error)
-                if self._is_over(error):
+                if self._is_replaced() or self._is_over(error):
                     return True
                 continue
             job.fire("swarm_handed_over", round=number, term=course.term, to=site)
@@ -307,6 +331,7 @@ class SwarmClientController(SiteController):
             self.wait_time_after_min_resps_received,
             self.learn_task_timeout,
             self.max_concurrent_submissions,
+            self.request_to_submit_result_max_wait,
             self._settings["aggregation_weights"],
             self._settings["deterministic"],
         )
@@ -317,31 +342,6 @@ def leaders(settings: Mapping[str, Any], candidates: Sequence[str], number: int)
     order = sorted(candidates)
     Random(f"{settings['seed']}/{number}").shuffle(order)
     return order
-
-
-def check_swarm_parameters(given: Mapping[str, Any]) -> None:
-    """See that the parameters of `SwarmClientController` can be.
-
-    Raises:
-        ConfigError: one cannot; names it.
-    """
-    for name, fixed in _FIXED_IDS.items():
-        if given[name] != fixed:
-            raise ConfigError(name, given[name], f'"{fixed}": there is one way to keep models and to send them')
-    for name in ("task_name_prefix", "learn_task_name"):
-        if not isinstance(given[name], str) or not given[name]:
-            raise ConfigError(name, given[name], "the name of a task")
-    for name in ("min_responses_required", "memory_gc_rounds"):
-        if type(given[name]) is not int or given[name] < 0:
-            raise ConfigError(name, given[name], "a whole number from 0")
-    if type(given["max_concurrent_submissions"]) is not int or given["max_concurrent_submissions"] < 1:
-        raise ConfigError("max_concurrent_submissions", given["max_concurrent_submissions"], "a whole number from 1")
-    for name, value in given.items():
-        is_time = name.endswith(("_timeout", "_interval", "_wait")) or name.startswith("wait_time")
-        if not is_time or (value is None and name in _MAY_BE_NONE):
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise ConfigError(name, value, "seconds from 0")
 
 
 def _params_of(call: Call) -> dict[str, Any]:

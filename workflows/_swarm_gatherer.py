@@ -24,7 +24,8 @@ class GatherRules:
         wait_time_after_min_resps_received: seconds that the others have from then on.
         timeout: seconds for all of it; None leaves it to the trainers' lives.
         max_concurrent_submissions: results fetched at once. A place is held no longer than its result comes: the next
-            one has it as soon as a trainer dies.
+            one has it as soon as a trainer dies. What comes in its message needs none.
+        request_to_submit_result_max_wait: seconds that a result may wait for its place; None for no limit.
         aggregation_weights: site -> factor of the weight of its results.
         in_order: use results in the order of the sites' names, so that the bits of the mean do not depend on time.
     """
@@ -33,6 +34,7 @@ class GatherRules:
     wait_time_after_min_resps_received: float | None = 10.0
     timeout: float | None = None
     max_concurrent_submissions: int = 1
+    request_to_submit_result_max_wait: float | None = None
     aggregation_weights: Mapping[str, float] = field(default_factory=dict)
     in_order: bool = False
 
@@ -69,7 +71,7 @@ class Gatherer:
         self._is_done = False
 
     def gather(self) -> None:
-        """Give the task out, and take results in until the round is over.
+        """Give the task out, and take results in until the round is over, or taken over by another site.
 
         Raises:
             QuorumNotReached: fewer usable results than are required.
@@ -84,6 +86,7 @@ class Gatherer:
             timeout=rules.timeout,
             in_order=rules.in_order,
             most_staged=rules.max_concurrent_submissions,
+            staging_timeout=rules.request_to_submit_result_max_wait,
             resumes=self._resumes,
         ):
             try:

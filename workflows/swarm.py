@@ -117,6 +117,8 @@ class _Watch:
         # round -> the site that keeps the model with which it begins; the server keeps that of round 0.
         self._keepers: dict[int, str] = {}
         self._lost: set[str] = set()
+        # Those that will not come back, and why.
+        self._dead: dict[str, str] = {}
         self._noted: set[int] = set()
 
     def __str__(self) -> str:
@@ -148,6 +150,8 @@ class _Watch:
             raise JobFailed(f"{site}: {fields['reason']}")
         if report.event in ("site_lost", "site_dead"):
             self._lost.add(site)
+            if report.event == "site_dead":
+                self._dead[site] = fields["reason"]
             self._check_quorum()
             self._replace_if_lost(site)
         elif report.event == "site_joined":
@@ -208,7 +212,8 @@ class _Watch:
     def _check_quorum(self) -> None:
         alive = len(self._job.sites)
         if alive < self._needed and not self.is_done:
-            raise JobFailed(f"{alive} sites are left, {self._needed} are needed")
+            dead = "; ".join(f"{site}: {reason}" for site, reason in sorted(self._dead.items()))
+            raise JobFailed(f"{alive} sites are left, {self._needed} are needed ({dead})")
 
     def _give_lead(self, resumes: bool) -> None:
         """Have a site that is there lead the round after the last whose model is still kept somewhere."""

@@ -16,6 +16,8 @@ from flarebus.recipe.validate import check_site_name
 
 __all__ = ["SwarmRecipe"]
 
+# How long a site may take to accept a model, if the recipe does not limit its rounds.
+ACK_S = 3600.0
 _SITE_HALF = "workflows.swarm:SwarmClientController"
 _TASKS = ("swarm_*",)
 # Parameters of federated averaging that mean nothing where no server averages, with the value that says so.
@@ -108,6 +110,9 @@ class SwarmRecipe(FedAvgRecipe):
         self._definition = replace(job, workflow_settings={key: settings[key] for key in _SHARED} | own)
         at_sites = {
             "learn_task_timeout": settings["round_timeout"],
+            # A model comes with what is acknowledged, and takes what it takes; a death is noticed anyway.
+            "learn_task_ack_timeout": settings["round_timeout"] or ACK_S,
+            "final_result_ack_timeout": settings["round_timeout"] or ACK_S,
             "wait_time_after_min_resps_received": settings["wait_time_after_min_received"],
             "min_responses_required": needed,
             "max_concurrent_submissions": check_int("max_concurrent_submissions", max_concurrent_submissions, 1),

@@ -131,7 +131,10 @@ class HostedJob:
 
     def broadcast(self, task: Task | Mapping[str, Task], **how: Any) -> Iterator[Result]:
         """Give a task out and yield results; see `SiteJob.broadcast`."""
-        return self.desk.broadcast(task, **how)
+        results = self.desk.broadcast(task, **how)
+        for call in self._calls:  # the last of them may have come just now
+            self._interrupt_for(call)
+        return results
 
     def send(self, task: Task, sites: Sequence[str], **how: Any) -> Result:
         """Give a task to the first site that is there; see `SiteJob.send`."""
@@ -199,6 +202,7 @@ class HostedJob:
     def _take(self, call: SiteCall) -> None:
         if not self._agenda.is_over:
             self._calls.append(call)
+            self._interrupt_for(call)
         elif not self._has_ended:
             call.fail(f"the {type(self._half).__name__} of {self.site} has come to its end")
 
@@ -217,6 +221,10 @@ class HostedJob:
                 self.fire("controller_failed", reason=reason)
         finally:
             self._close()
+
+    def _interrupt_for(self, call: SiteCall) -> None:
+        if isinstance(self._half, SiteController) and self._half.interrupts(call):
+            self.desk.cancel(f"{call.name} has come")
 
     def _execute_all(self, executor: Executor) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

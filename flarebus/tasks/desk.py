@@ -111,6 +111,7 @@ class Desk:
         newcomers: bool = False,
         fetch: bool = True,
         most_staged: int | None = None,
+        staging_timeout: float | None = None,
         on_failed: Callable[[str, str], None] | None = None,
         resumes: bool = False,
     ) -> Iterator[Result]:
@@ -125,7 +126,7 @@ class Desk:
         targets = sorted({site for site in sites if not newcomers or self._roster.is_alive(site)})
         tally = Tally(targets, min_responses, wait_time_after_min_received, timeout, self._agenda.clock(), newcomers)
         parcels = self._packer.pack(task, targets)
-        how = (in_order, fetch, most_staged, resumes, on_failed)
+        how = (in_order, fetch, most_staged, staging_timeout, resumes, on_failed)
         open_task = OpenTask(next(self._numbers), parcels, tally, targets, *how)
         for site in targets:
             if not self._roster.is_alive(site):
@@ -265,7 +266,8 @@ class Desk:
             if open_task.is_closing and not was_closing:
                 continue  # nobody waits for those before him in order any more
             # What has arrived by now is still fetched: its holder's life, not the deadline, bounds that.
-            self._agenda.take(None if open_task.is_closing else tally.deadline())
+            ends = (None if open_task.is_closing else tally.deadline()), open_task.staging_deadline()
+            self._agenda.take(min((end for end in ends if end is not None), default=None))
 
     def _assign(self, sites: Sequence[str]) -> None:
         """Send the open task to the hosts of `sites`, one message for each parcel, whatever the number of sites."""
@@ -335,7 +337,7 @@ class Desk:
             self.fail(site, str(error))
             arrived.answer(None)
         else:
-            open_task.add(arrived)
+            open_task.add(arrived, self._agenda.clock())
 
     def _may_hold(self, delivery: Delivery, site: str) -> bool:
         """Whether the arrays of a result of `site` are where they belong: at its host, or at its trainer."""
@@ -350,20 +352,27 @@ class Desk:
         while (arrived := open_task.next_unstaged()) is not None:
             nbytes = arrived.nbytes
             if nbytes > _most_bytes(open_task):
-                reason = f"result of {nbytes} bytes for a model of {open_task.nbytes}"
-                open_task.remove(arrived.site)
-                self.fail(arrived.site, reason)
-                arrived.answer(reason)
+                self._drop(open_task, arrived, f"result of {nbytes} bytes for a model of {open_task.nbytes}")
                 continue
             # One is always under way, whatever the controller keeps: a round must not wait for its own results.
             must = arrived.delivery.is_here or not open_task.is_staging or open_task.is_awaited(arrived)
             room = max(STAGED_RESULTS * nbytes, STAGED_BYTES) - self._pool.leased_bytes
             if not must and (nbytes > room or not open_task.may_stage):
-                return
+                ends_at = open_task.staging_deadline()
+                if ends_at is None or self._agenda.clock() < ends_at:
+                    return
+                self._drop(open_task, arrived, "others were fetched for so long that it was not waited for")
+                continue
             open_task.stage(arrived, self._pool)
             # Only to wake this thread; what was pulled is found where it is.
             if arrived.pulled is not None and not arrived.is_here:
                 arrived.pulled.on_done(lambda _: self._agenda.post(_nothing))
+
+    def _drop(self, open_task: OpenTask, arrived: Arrived, reason: str) -> None:
+        """A result is not fetched."""
+        open_task.remove(arrived.site)
+        self.fail(arrived.site, reason)
+        arrived.answer(reason)
 
     def _open_result(self, open_task: OpenTask, arrived: Arrived) -> Result | None:
         """Decode what was pulled; None if there is nothing usable in it."""

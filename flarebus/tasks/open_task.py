@@ -37,7 +37,7 @@ class Arrived:
         tell: tells the site that its result was refused, and why, if the message is not answered with that.
     """
 
-    __slots__ = ("_buffers", "_tell", "body", "delivery", "pulled", "site")
+    __slots__ = ("_buffers", "_tell", "at", "body", "delivery", "pulled", "site")
 
     def __init__(
         self,
@@ -51,6 +51,8 @@ class Arrived:
         self.delivery = delivery
         self.body = body
         self.pulled: Pending[Sequence[Any]] | None = None
+        self.at = 0.0
+        """When it came, in seconds of the desk's clock."""
         self._buffers = buffers
         self._tell = tell
 
@@ -134,6 +136,7 @@ class OpenTask:
         in_order: use results in the order of `targets`.
         fetch: whether results are fetched; otherwise they stay with their makers.
         most_staged: results fetched at once; None leaves it to their bytes.
+        staging_timeout_s: seconds that a result may wait for that; None for no limit.
         resumes: sites give what they answered to somebody else before.
         on_failed: told site and reason of each that fails.
     """
@@ -147,6 +150,7 @@ class OpenTask:
         in_order: bool,
         fetch: bool = True,
         most_staged: int | None = None,
+        staging_timeout_s: float | None = None,
         resumes: bool = False,
         on_failed: Callable[[str, str], None] | None = None,
     ) -> None:
@@ -163,6 +167,7 @@ class OpenTask:
         self.was_cancelled = False
         self.nbytes = max((each.payload.nbytes + len(each.payload.body) for each in parcels), default=0)
         self.most_staged = most_staged
+        self._staging_timeout_s = staging_timeout_s
         self._on_failed = on_failed
         self.arrived: dict[str, Arrived] = {}
         """What has arrived and is not used yet; changed by the methods here only."""
@@ -181,8 +186,9 @@ class OpenTask:
         if self._on_failed is not None:
             self._on_failed(site, reason)
 
-    def add(self, arrived: Arrived) -> None:
+    def add(self, arrived: Arrived, now: float) -> None:
         """A result has arrived."""
+        arrived.at = now
         self.arrived[arrived.site] = arrived
         if not self.in_order:
             self._line.append(arrived)
@@ -212,6 +218,11 @@ class OpenTask:
                 return arrived
             self._line.popleft()
         return None
+
+    def staging_deadline(self) -> float | None:
+        """Until when the next result to stage waits for its place; None: without end, or there is none."""
+        arrived = None if self._staging_timeout_s is None else self.next_unstaged()
+        return None if arrived is None else arrived.at + (self._staging_timeout_s or 0.0)
 
     def stage(self, arrived: Arrived, pool: SlabPool) -> None:
         """Fetch the next result."""

@@ -144,6 +144,7 @@ class Job(Protocol):
         newcomers: bool = False,
         fetch: bool = True,
         most_staged: int | None = None,
+        staging_timeout: float | None = None,
         on_failed: Callable[[str, str], None] | None = None,
     ) -> Iterator[Result]:
         """Give `task` to sites and yield their results as they arrive. Leaving the loop early takes it back.
@@ -160,6 +161,8 @@ class Job(Protocol):
                 the wait for others, `cancel` or leaving the loop. One task for all.
             fetch: False leaves the arrays with the sites, for passing on: see `Result.held`.
             most_staged: results fetched at once; None leaves it to their bytes.
+            staging_timeout: seconds that a result may wait to be fetched while others are; then it does not count, and
+                its site is told. None for no limit.
             on_failed: told the site and the reason, on the controller's thread, when a site will give no usable
                 result. Of those that only take too long it is not told.
 

@@ -113,6 +113,7 @@ class SiteJob(Protocol):
         in_order: bool = False,
         fetch: bool = True,
         most_staged: int | None = None,
+        staging_timeout: float | None = None,
         on_failed: Callable[[str, str], None] | None = None,
         resumes: bool = False,
     ) -> Iterator[Result]:
@@ -159,3 +160,8 @@ class SiteController(ABC):
     @abstractmethod
     def run(self, job: SiteJob) -> None:
         """Serve to the end of `job.calls()`. Whatever it raises ends the job, with that reason."""
+
+    def interrupts(self, call: Call) -> bool:
+        """Whether a call that has come, and waits for its turn, ends the broadcast that runs: nobody wants its results
+        any more. Asked on the thread of `run`; never, unless a controller says otherwise."""
+        return False

@@ -42,7 +42,7 @@ def comes(task: OpenTask, site: str, here: bool = True) -> Arrived:
     if here:
         message.arrays.set([])
     arrived = Arrived(site, cast(Any, message), b"")
-    task.add(arrived)
+    task.add(arrived, 0.0)
     return arrived
 
 
