@@ -29,10 +29,10 @@ __all__ = ["CrossSiteEvalRecipe", "add_cross_site_evaluation"]
 
 _WORKFLOW = "cross_site_eval"
 _SETTINGS = ("submit_model_timeout", "validation_timeout", "participating_clients", "hyper_params")
-# How a script says that it answers a task; by its name, it may answer any.
+# How a script says that it answers a task. Who tells training from the rest, or asks for names, may answer any.
 _ANSWERS = {
-    "validate": ("is_evaluate", "@evaluate", "get_task_name"),
-    "submit_model": ("is_submit_model", "get_task_name"),
+    "validate": ("is_evaluate", "@evaluate", "is_train", "get_task_name"),
+    "submit_model": ("is_submit_model", "is_train", "get_task_name"),
 }
 
 
@@ -46,7 +46,7 @@ def add_cross_site_evaluation(
 
     The models are the last and the best one of the server, and one of each site. Training scripts answer two more
     tasks: `flare.is_submit_model()`, the site's best model, and `flare.is_evaluate()`, metrics of the model received.
-    For what a NumPy script does not answer an `ArrayValidator` is added. The results are in
+    For what a NumPy script does not answer, as far as its code tells, an `ArrayValidator` is added. The results are in
     `server/cross_site_val/cross_val_results.json` of the run folder.
 
     Args:
@@ -140,16 +140,14 @@ class CrossSiteEvalRecipe(Recipe):
         }
         defaults, sites = _with_script(given) if eval_script is not None else (_without_script(given), {})
         script = defaults.train_script
-        self._definition = _with_validators(
-            JobDefinition(
-                name=check_name(name),
-                workflow=self.workflow,
-                workflow_settings=settings,
-                site_defaults=defaults,
-                sites=sites,
-                code_dir=Path(script).parent if script else Path.cwd(),
-                models=_server_models(server_models),
-            )
+        self._definition = JobDefinition(
+            name=check_name(name),
+            workflow=self.workflow,
+            workflow_settings=settings,
+            site_defaults=defaults,
+            sites=sites,
+            code_dir=Path(script).parent if script else Path.cwd(),
+            models=_server_models(server_models),
         )
 
     @classmethod
@@ -184,7 +182,7 @@ def _checked(submit_s: object, validation_s: object, clients: object) -> dict[st
 def _with_validators(job: JobDefinition) -> JobDefinition:
     """The same job with a validator for what the scripts of NumPy sites leave unanswered."""
     names = {name for answers in _ANSWERS.values() for name in answers}
-    used = names_used(job.code_layout().files.values(), names) if job.site_defaults.train_script else set()
+    used = names_used(job.code_layout().files.values(), names)
 
     def change(site: SiteConfig) -> SiteConfig:
         tasks = [

@@ -127,6 +127,7 @@ def test_participants_that_the_environment_lacks_are_refused_there(make: Make) -
         ("from flarebus.client import is_submit_model\nis_submit_model()", [["validate"]]),
         ("flare.is_evaluate() or flare.is_submit_model()", []),
         ("match flare.get_task_name(): case _: pass", []),
+        ("if flare.is_train(): pass", []),
         ("# is_evaluate", [["validate", "submit_model"]]),
         ("this is no Python", []),
     ],
