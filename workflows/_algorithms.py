@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import click
 
-from workflows._options import Option, json_object, of_the_algorithm
+from workflows._options import Option, json_object, of_the_algorithm, site_names
 
 __all__ = ["ALGORITHMS", "Algorithm"]
 
@@ -22,13 +22,15 @@ class Algorithm:
         workflow: the module `workflows.<workflow>`, and the workflow's name.
         recipe: the name of its recipe in `flarebus.recipe`.
         about: the first paragraph of the help.
-        options: those that only its recipe takes.
+        options: those that only its recipe takes, or the function that adds to it.
+        adds: the name of a function in `flarebus.recipe` that adds something to the recipe; "" for none.
     """
 
     workflow: str
     recipe: str
     about: str
     options: tuple[Option, ...] = ()
+    adds: str = ""
 
 
 def _order(text: str) -> str | list[str]:
@@ -79,6 +81,33 @@ ALGORITHMS = {
             "scaffold",
             "ScaffoldRecipe",
             "SCAFFOLD: federated averaging whose sites correct their gradients by how they differ from everybody's.",
+        ),
+        Algorithm(
+            "cross_site_eval",
+            "FedAvgRecipe",
+            "Cross-site evaluation: after federated averaging, every site's model and the server's are evaluated at "
+            "every site.",
+            (
+                of_the_algorithm(
+                    "--submit-model-timeout",
+                    type=float,
+                    metavar="SECONDS",
+                    help="How long sites have to come up with a model. Default: 600.",
+                ),
+                of_the_algorithm(
+                    "--validation-timeout",
+                    type=float,
+                    metavar="SECONDS",
+                    help="How long a site has to evaluate one model. Default: 6000.",
+                ),
+                of_the_algorithm(
+                    "--participating-clients",
+                    type=site_names,
+                    metavar="NAMES",
+                    help="Who takes part in the evaluation: a,b,c. Default: all.",
+                ),
+            ),
+            adds="add_cross_site_evaluation",
         ),
         Algorithm(
             "cyclic",

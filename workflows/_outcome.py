@@ -8,9 +8,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Outcome", "Round", "model_files", "read_rounds"]
+if TYPE_CHECKING:
+    from workflows._evaluation_report import Evaluated
+
+__all__ = ["Outcome", "Round", "model_files", "natural", "read_rounds"]
 
 _MODELS = ("FL_global_model", "best_FL_global_model")
 
@@ -63,6 +66,7 @@ class Outcome:
         mode: "min" when less of it is better.
         site_metric: the metric that stands for a single site.
         measured: metrics of the finished model, measured after the last round; empty when nobody did.
+        evaluated: what cross-site evaluation found, if there was one.
     """
 
     run_dir: Path
@@ -71,6 +75,7 @@ class Outcome:
     mode: str
     site_metric: str
     measured: Mapping[str, float] = field(default_factory=dict)
+    evaluated: Evaluated | None = None
 
     @property
     def per_round(self) -> list[float | None]:
@@ -92,9 +97,14 @@ class Outcome:
             return {}
         return {self.key_metric: min(known) if self.mode == "min" else max(known)}
 
+    @property
+    def evaluated_metric(self) -> str:
+        """The metric of the cross-site evaluation to look at; "" if there is none."""
+        return "" if self.evaluated is None else self.evaluated.metric(self.site_metric, self.key_metric)
+
     def site_series(self) -> dict[str, list[float | None]]:
         """For each site its own metric in each round; None where it had no part in it."""
-        names = sorted({site for row in self.rounds for site in row.sites}, key=_natural)
+        names = sorted({site for row in self.rounds for site in row.sites}, key=natural)
         return {name: [_number(row.sites.get(name, {}).get(self.site_metric)) for row in self.rounds] for name in names}
 
     def to_json(self) -> dict[str, Any]:
@@ -106,7 +116,7 @@ class Outcome:
             "best": self.best,
             "accuracy_per_round": self.per_round,
             "run_dir": str(self.run_dir),
-        }
+        } | ({} if self.evaluated is None else {"evaluation": self.evaluated.to_json()})
 
 
 def _number(value: Any) -> float | None:
@@ -116,7 +126,7 @@ def _number(value: Any) -> float | None:
     return float(value)
 
 
-def _natural(name: str) -> list[tuple[int, int | str]]:
+def natural(name: str) -> list[tuple[int, int | str]]:
     """Sort key that puts site-2 before site-10."""
     parts = re.split(r"(\d+)", name)
     return [(1, int(part)) if part.isdigit() else (0, part) for part in parts]

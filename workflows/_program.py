@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,7 +137,9 @@ def _run(algorithm: Algorithm, options: Options, console: Console) -> _Ending:
 
     watcher = Watcher(console, options.key_metric)
     try:
-        planned = plan(options)
+        # What is added has the options; the recipe that it is added to keeps to its own.
+        named = replace(options, own={}, name=options.name or algorithm.workflow)
+        planned = plan(named if algorithm.adds else options)
         _train(algorithm, planned, options, watcher)
         outcome = _outcome(watcher, planned, options)
         if outcome is not None:
@@ -170,6 +172,8 @@ def _train(algorithm: Algorithm, planned: Plan, options: Options, watcher: Watch
 
     recipe = getattr(flarebus.recipe, algorithm.recipe)(**planned.arguments)
     recipe.add_client_config(planned.client_config)
+    if algorithm.adds:
+        getattr(flarebus.recipe, algorithm.adds)(recipe, **options.own)
     environment = _environment(options, watcher)
     try:
         with watcher:
@@ -195,6 +199,7 @@ def _environment(options: Options, watcher: Watcher) -> SimEnv:
 
 def _outcome(watcher: Watcher, planned: Plan | None, options: Options) -> Outcome | None:
     """What the run left in its folder; without a plan, of a run that did not get to its end."""
+    from workflows._evaluation_report import read_evaluated
     from workflows._outcome import Outcome, model_files, read_rounds
 
     if watcher.run_dir is None:
@@ -210,15 +215,19 @@ def _outcome(watcher: Watcher, planned: Plan | None, options: Options) -> Outcom
         mode=BestModelSelector(options.key_metric, options.key_metric_mode, options.stop_cond).mode,
         site_metric=options.key_metric if planned is None else planned.site_metric,
         measured=measured,
+        evaluated=read_evaluated(watcher.run_dir),
     )
 
 
 def _report(outcome: Outcome, console: Console) -> None:
+    from workflows._evaluation_report import draw_heat_map
     from workflows._report import draw_plot, show
 
+    plot = heat_map = None
     try:
         plot = draw_plot(outcome)
+        if outcome.evaluated is not None:
+            heat_map = draw_heat_map(outcome.evaluated, outcome.evaluated_metric)
     except ModuleNotFoundError as error:
         console.print(f"no plot: {error}; pip install 'flarebus[plot]'")
-        plot = None
-    show(outcome, console, plot)
+    show(outcome, console, plot, heat_map)

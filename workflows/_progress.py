@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from workflows._evaluation_progress import EvaluationWatcher
+
 __all__ = ["Terminal", "Watcher"]
 
 # A round with hundreds of lost sites must not scroll everything else away.
@@ -61,6 +63,7 @@ class Watcher:
             "turn_lost": self._turn_lost,
             "round_committed": self._round_committed,
         }
+        self._evaluation: EvaluationWatcher | None = None
 
     def __enter__(self) -> Watcher:
         if self._bars is not None:
@@ -75,6 +78,11 @@ class Watcher:
 
     def on_event(self, event: str, fields: Mapping[str, Any]) -> None:
         """Take note of one event; unknown ones are nobody's concern here."""
+        if event == "evaluation_started":  # from here on rounds are waves of evaluations
+            self._evaluation = EvaluationWatcher(self.say, self._evaluated)
+        if self._evaluation is not None:
+            self._evaluation.on_event(event, fields)
+            return
         handler = self._handlers.get(event)
         if handler is not None:
             handler(fields)
@@ -114,6 +122,10 @@ class Watcher:
         elif self._complaints == _MAX_COMPLAINTS + 1:
             self.say(f"round {fields['round'] + 1}: more sites {what}; the log of the server names them")
 
+    def _evaluated(self, n_done: int, n_total: int) -> None:
+        if self._bars is not None:
+            self._bars.evaluated(n_done, n_total)
+
     def _round_committed(self, fields: Mapping[str, Any]) -> None:
         self._failed.clear()
         value = fields["metrics"].get(self._key_metric)
@@ -141,6 +153,7 @@ class _Bars:
         )
         self._rounds: TaskID | None = None
         self._sites: TaskID | None = None
+        self._evaluations: TaskID | None = None
 
     def start(self, total_rounds: int) -> None:
         self._rounds = self.progress.add_task("rounds", total=total_rounds, shown="")
@@ -153,6 +166,11 @@ class _Bars:
     def answered(self, n_sites: int) -> None:
         if self._sites is not None:
             self.progress.update(self._sites, completed=n_sites)
+
+    def evaluated(self, n_done: int, n_total: int) -> None:
+        if self._evaluations is None:
+            self._evaluations = self.progress.add_task("models", total=n_total, shown="")
+        self.progress.update(self._evaluations, completed=n_done, total=n_total)
 
     def end_round(self, shown: str) -> None:
         if self._rounds is not None:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from workflows._evaluation_report import show_evaluated
 from workflows._outcome import Outcome, model_files
 
 __all__ = ["draw_plot", "show"]
@@ -18,9 +19,11 @@ _MAX_ROWS = 25
 _MAX_LEGEND = 12
 
 
-def show(outcome: Outcome, console: Console, plot: Path | None) -> None:
+def show(outcome: Outcome, console: Console, plot: Path | None, heat_map: Path | None = None) -> None:
     """Print the table, the figures of the finished model and the paths of what was written."""
     console.print(_table(outcome))
+    if outcome.evaluated is not None:
+        show_evaluated(outcome.evaluated, outcome.evaluated_metric, console)
     final = "  ".join(f"{name} {_figure(value)}" for name, value in outcome.final.items())
     what = "finished model" if outcome.measured else "last round"
     best = "  ".join(f"{name} {_figure(value)}" for name, value in outcome.best.items())
@@ -32,6 +35,10 @@ def show(outcome: Outcome, console: Console, plot: Path | None) -> None:
     _line(console, "metrics", str(outcome.run_dir / "server" / "metrics.jsonl"))
     if plot is not None:
         _line(console, "plot", str(plot))
+    if outcome.evaluated is not None:
+        _line(console, "evaluation", str(outcome.evaluated.folder))
+    if heat_map is not None:
+        _line(console, "heat map", str(heat_map))
     _line(console, "run folder", str(outcome.run_dir))
 
 
