@@ -66,6 +66,53 @@ def _round(*, env: str, external: bool, pipe: str | None, as_json: bool, **setti
     return 0
 
 
+@bench.command("cse")
+@click.option(
+    "--mb",
+    type=click.FloatRange(min=0, min_open=True),
+    default=100.0,
+    show_default=True,
+    metavar="M",
+    help="Size of a model in MB (10**6 bytes).",
+)
+@click.option(
+    "--layers",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    metavar="L",
+    help="Number of equal float32 arrays in it.",
+)
+@click.option("--clients", type=click.IntRange(min=1), default=4, show_default=True, metavar="N", help="Sites.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), metavar="T", help="Sites that compute at once. Default: one per processor."
+)
+@click.option(
+    "--server-models",
+    type=click.IntRange(min=0),
+    default=2,
+    show_default=True,
+    metavar="S",
+    help="The server's models.",
+)
+@click.option("--external", is_flag=True, help="Evaluation scripts in processes of their own.")
+@_json
+def _cse(*, as_json: bool, **settings: Any) -> int:
+    """Cross-site evaluation: every site's model, and the server's, at every site.
+
+    What is moved is what comes from the server, and what passes its router: sites of one worker need not move what they
+    give each other. Each evaluation is checked: the numbers in a model say
+    whose it is.
+    """
+    from flarebus.cli.bench_cse import CseBench
+
+    figures = CseBench(**settings).run()
+    _print(figures, as_json)
+    if figures["wrong"]:
+        raise click.ClickException(f"{figures['wrong']} of {figures['evaluations']} evaluations are wrong")
+    return 0
+
+
 @bench.command("bus")
 @_curve
 @click.option(

@@ -249,6 +249,9 @@ class Simulation:
             server_job.wait_for_sites(self._sites, START_S)
             for controller in self._controllers:
                 controller.run(server_job)
+            # What hosts send to each other passes the router; what the server itself serves does not.
+            between_hosts, from_here = router.statistics().bytes, cell.statistics().bytes_served
+            server_job.fire("bus_traffic", bytes_forwarded=between_hosts, bytes_served=from_here)
 
     @contextmanager
     def _start_workers(
