@@ -5,14 +5,18 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from flarebus.errors import ConfigError
 from flarebus.job.class_ref import ClassRef
 
-__all__ = ["check_filter", "code_folder", "describe"]
+__all__ = ["check_filter", "code_folder", "code_in", "describe"]
+
+_code_dir: ContextVar[Path | None] = ContextVar("code_dir", default=None)
 
 _DESCRIBE = 'give {"class_path": "pkg.mod.Class", "args": {...}} instead'
 # What no call by keyword can pass on.
@@ -23,8 +27,22 @@ _UNNAMED = {
 }
 
 
+@contextmanager
+def code_in(folder: Path) -> Iterator[None]:
+    """Let recipes that are made in the block have their code in `folder`: that of a job which is read back."""
+    token = _code_dir.set(folder)
+    try:
+        yield
+    finally:
+        _code_dir.reset(token)
+
+
 def code_folder() -> Path:
-    """The folder of the running script; the working directory where a module or an interpreter runs."""
+    """Where the code of a recipe without a script is: in the folder of the running script, or in the working directory
+    where a module or an interpreter runs."""
+    given = _code_dir.get()
+    if given is not None:
+        return given
     main = sys.modules.get("__main__")
     file = getattr(main, "__file__", None)
     if file is None or getattr(main, "__spec__", None) is not None:

@@ -18,7 +18,7 @@ from flarebus.job.folder import read_job, write_job
 from flarebus.job.plugins import known_workflows
 from flarebus.job.site_config import SiteConfig
 from flarebus.plugins import is_path
-from flarebus.recipe.described import check_filter
+from flarebus.recipe.described import check_filter, code_in
 from flarebus.recipe.env import ExecEnv
 from flarebus.recipe.executors import check_executor
 from flarebus.recipe.run import Run
@@ -228,7 +228,8 @@ class Recipe(ABC):
                 f"{where}workflow", job.workflow, f"not a job of {cls.__name__}; use {kind.__name__}.load"
             )
         try:
-            recipe = made(**made._parameters_of(job))
+            with code_in(job.code_dir):
+                recipe = made(**made._parameters_of(job))
             recipe._definition = _with_additions(recipe._definition, job)
         except ConfigError as error:
             raise ConfigError(f"{where}{error.parameter}", error.value, error.allowed) from error

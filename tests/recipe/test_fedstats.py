@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from flarebus.errors import ConfigError
 from flarebus.recipe import FedStatsRecipe, Recipe
+from flarebus.recipe.described import code_in
 from flarebus.statistics import ColumnStatistics, StatisticsExecutor
 from workflows.statistics import StatisticsController
 
@@ -45,15 +48,16 @@ class Kept(ColumnStatistics):
 
 
 @pytest.fixture
-def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What every recipe needs, with the code in the working directory."""
-    tmp_path.joinpath("my_tables.py").write_text(TABLES)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("flarebus.recipe.fedstats.code_folder", Path.cwd)
-    return {
-        "statistic_configs": {"mean": {}},
-        "stats_generator": {"class_path": "my_tables.Tables", "args": {"size": 5}},
-    }
+def given(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """What every recipe needs, with the code in a folder of its own."""
+    tmp_path.joinpath("code").mkdir()
+    tmp_path.joinpath("code", "my_tables.py").write_text(TABLES)
+    with code_in(tmp_path / "code"):
+        yield {
+            "statistic_configs": {"mean": {}},
+            "stats_generator": {"class_path": "my_tables.Tables", "args": {"size": 5}},
+        }
+    sys.modules.pop("my_tables", None)
 
 
 def executor_of(recipe: FedStatsRecipe) -> Any:
@@ -100,12 +104,16 @@ def test_comes_back_from_a_folder_equal(given: dict[str, Any], tmp_path: Path) -
         enable_pre_run_task=False,
     )
 
-    back = Recipe.load(recipe.export(tmp_path / "job"))
+    folder = recipe.export(tmp_path / "job")
+    back = Recipe.load(folder)
 
     assert isinstance(back, FedStatsRecipe)
     assert back == recipe
     assert back != FedStatsRecipe(**given)
     assert list(back.definition.sites) == ["north", "south"]
+    tmp_path.joinpath("code", "my_tables.py").unlink()
+    sys.modules.pop("my_tables", None)
+    assert Recipe.load(folder).definition.code_dir == folder / "code"
 
 
 def test_instance_that_keeps_its_arguments_is_described(given: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from flarebus.errors import JobFailed
 from flarebus.recipe import FedStatsRecipe, SimEnv
+from flarebus.recipe.described import code_in
 
 TABLES = """
 import os
@@ -43,11 +45,11 @@ CONFIGS = {"count": {}, "mean": {}, "var": {}, "max": {}, "histogram": {"*": {"b
 
 
 @pytest.fixture
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The code of the job in the working directory."""
+def _here(tmp_path: Path) -> Iterator[None]:
+    """The code of the job in a folder."""
     tmp_path.joinpath("my_tables.py").write_text(TABLES)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("flarebus.recipe.fedstats.code_folder", Path.cwd)
+    with code_in(tmp_path):
+        yield
 
 
 def run(tmp_path: Path, faults: dict[str, str], **settings: Any) -> tuple[Path, dict[str, Any], dict[str, Any]]:

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from flarebus.errors import ConfigError, JobFailed
 from flarebus.recipe import Recipe, SimEnv, WorkflowRecipe
+from flarebus.recipe.described import code_in
 
 FLOW = '''
 import numpy as np
@@ -155,8 +156,8 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder.joinpath("flow.py").write_text(FLOW)
     folder.joinpath("client.py").write_text(SCRIPT)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("flarebus.recipe.workflow.code_folder", Path.cwd)
-    yield folder
+    with code_in(folder):
+        yield folder
     sys.modules.pop("flow", None)
 
 
@@ -197,8 +198,10 @@ def test_a_job_that_was_exported_is_the_same_with_its_code(code: Path, tmp_path:
     recipe.add_server_input_filter({"class_path": "flow.Double"}, tasks=["score_all"])
     recipe.add_server_input_filter({"class_path": "flow.Double"}, tasks=["train"])
 
-    loaded = Recipe.load(recipe.export(tmp_path / "job"))
+    folder = recipe.export(tmp_path / "job")
     code.joinpath("flow.py").unlink()
+    sys.modules.pop("flow", None)
+    loaded = Recipe.load(folder)
     found = run(loaded, tmp_path, "scores.json", **({"debug": True, "num_threads": None} if debug else {}))
 
     assert isinstance(loaded, WorkflowRecipe)
@@ -294,8 +297,12 @@ def test_comes_back_equal(code: Path, tmp_path: Path) -> None:
         launch_external_process=True,
         command="python3 -u",
     )
+    plain = recipe.definition
+    recipe.add_server_output_filter({"class_path": "flow.Double"}, tasks=["train"])
+    recipe.add_server_input_filter({"class_path": "flow.Double"})
     loaded = WorkflowRecipe.load(recipe.export(tmp_path / "job"))
 
     assert loaded == recipe
+    assert loaded.definition != plain
     assert loaded != scores()
     assert loaded.definition.site_config("site-2").executors == recipe.definition.site_defaults.executors

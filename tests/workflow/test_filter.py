@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from flarebus.errors import ConfigError, DecodeError, EncodeError, FilterFailed
 from flarebus.job.class_ref import ClassRef
 from flarebus.job.filter_ref import FilterRef
 from flarebus.model import FLModel, ParamsType
-from flarebus.workflow.filter import Filter, FilterChain, FilterTask
+from flarebus.workflow.filter import Filter, FilterChain, FilterTask, _Link
 
 TRAIN = FilterTask("train", 3, "site-1")
 
@@ -290,3 +292,24 @@ def test_what_is_no_filter_is_refused_when_the_chain_is_built(build: Build, link
 def test_filter_that_says_nothing_gets_values() -> None:
     """To see everything is the default: what a filter is not given it cannot take out."""
     assert Filter.needs_values is True
+
+
+def test_a_filter_sees_one_model_at_a_time() -> None:
+    """Scripts and executors of a site share its filters, each from a thread of its own."""
+    inside, go_on, second = threading.Event(), threading.Event(), threading.Event()
+
+    class Waits(Filter):
+        def process(self, model: FLModel, task: FilterTask) -> FLModel:
+            (second if inside.is_set() else inside).set()
+            assert go_on.wait(30)
+            return model
+
+    chain = FilterChain([_Link("Waits", Waits(), None, True)])
+    with ThreadPoolExecutor(2) as threads:
+        running = [threads.submit(chain.for_task("train").apply, FLModel(), TRAIN) for _ in range(2)]
+        assert inside.wait(30)
+        came = second.wait(0.05)
+        go_on.set()
+        assert [each.result(30).params for each in running] == [None, None]
+
+    assert not came
