@@ -28,7 +28,7 @@ from flarebus.workflow.array_validator import ArrayValidator
 __all__ = ["CrossSiteEvalRecipe", "add_cross_site_evaluation"]
 
 _WORKFLOW = "cross_site_eval"
-_SETTINGS = ("submit_model_timeout", "validation_timeout", "participating_clients", "hyper_params")
+_SETTINGS = ("submit_model_timeout", "validation_timeout", "participating_clients", "memory_budget", "hyper_params")
 # How a script says that it answers a task. Who tells training from the rest, or asks for names, may answer any.
 _ANSWERS = {
     "validate": ("is_evaluate", "@evaluate", "is_train", "get_task_name"),
@@ -41,6 +41,7 @@ def add_cross_site_evaluation(
     submit_model_timeout: float = 600,
     validation_timeout: float = 6000,
     participating_clients: Sequence[str] | None = None,
+    memory_budget: float = 4e9,
 ) -> None:
     """Evaluate, once the training of `recipe` has ended and in the same job, every model on every site's data.
 
@@ -54,6 +55,8 @@ def add_cross_site_evaluation(
         submit_model_timeout: seconds that sites have to come up with a model, above 0.
         validation_timeout: seconds that a site has to evaluate one model, above 0.
         participating_clients: sites that take part with their models and their data; None for all.
+        memory_budget: bytes, above 0, that models may take which are out at once, with their holders and evaluators
+            together; it says how many sites are asked for theirs at a time. For sites that share a machine.
 
     Raises:
         ConfigError: a ValueError; `recipe` is no recipe with a training script, or a parameter is wrong.
@@ -68,7 +71,7 @@ def add_cross_site_evaluation(
         allowed = "a recipe with a training script: there is nothing that models could be evaluated with"
         raise ConfigError("recipe", type(recipe).__name__, allowed)
     settings = {
-        **_checked(submit_model_timeout, validation_timeout, participating_clients),
+        **_checked(submit_model_timeout, validation_timeout, participating_clients, memory_budget),
         "hyper_params": job.workflow_settings.get("hyper_params"),
     }
     for site in settings["participating_clients"] or ():
@@ -94,6 +97,7 @@ class CrossSiteEvalRecipe(Recipe):
         submit_model_timeout: seconds that sites have to come up with a model, above 0.
         validation_timeout: seconds that a site has to evaluate one model, above 0.
         participating_clients: sites that take part; None for all.
+        memory_budget: as in `add_cross_site_evaluation`.
         hyper_params: as in `FedAvgRecipe`.
         framework: what the script is written with.
         server_expected_format: what parameters are on their way to the server.
@@ -120,6 +124,7 @@ class CrossSiteEvalRecipe(Recipe):
         submit_model_timeout: float = 600,
         validation_timeout: float = 6000,
         participating_clients: Sequence[str] | None = None,
+        memory_budget: float = 4e9,
         hyper_params: Mapping[str, Any] | None = None,
         framework: FrameworkType = FrameworkType.PYTORCH,
         server_expected_format: ExchangeFormat = ExchangeFormat.NUMPY,
@@ -135,7 +140,7 @@ class CrossSiteEvalRecipe(Recipe):
     ) -> None:
         given = dict(locals())  # before any other local: exactly the parameters
         settings = {
-            **_checked(submit_model_timeout, validation_timeout, participating_clients),
+            **_checked(submit_model_timeout, validation_timeout, participating_clients, memory_budget),
             "hyper_params": None if hyper_params is None else check_plain("hyper_params", hyper_params),
         }
         defaults, sites = _with_script(given) if eval_script is not None else (_without_script(given), {})
@@ -165,7 +170,7 @@ class CrossSiteEvalRecipe(Recipe):
         }
 
 
-def _checked(submit_s: object, validation_s: object, clients: object) -> dict[str, Any]:
+def _checked(submit_s: object, validation_s: object, clients: object, budget: object) -> dict[str, Any]:
     """The settings of the workflow that both ways share."""
     try:
         names = check_clients(clients)
@@ -176,6 +181,7 @@ def _checked(submit_s: object, validation_s: object, clients: object) -> dict[st
         "submit_model_timeout": check_number("submit_model_timeout", submit_s, above=0.0),
         "validation_timeout": check_number("validation_timeout", validation_s, above=0.0),
         "participating_clients": None if names is None else list(names),
+        "memory_budget": check_number("memory_budget", budget, above=0.0),
     }
 
 

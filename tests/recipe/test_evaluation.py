@@ -52,9 +52,12 @@ def test_evaluation_runs_after_the_training_with_the_figures_of_the_docs(make: M
 def test_parameters_reach_the_workflow(make: Make) -> None:
     """All of them."""
     recipe = make()
-    add(recipe, submit_model_timeout=5, validation_timeout=7.5, participating_clients=("a", "b", "a"))
+    add(
+        recipe, submit_model_timeout=5, validation_timeout=7.5, participating_clients=("a", "b", "a"), memory_budget=1e6
+    )
 
     workflow = recipe.definition.make_workflows()[1]
+    assert workflow.memory_budget == 1e6
     assert (workflow.submit_model_timeout, workflow.validation_timeout) == (5, 7.5)
     assert workflow.participating_clients == ["a", "b"]
 
@@ -88,6 +91,7 @@ def test_what_trains_no_model_is_refused(recipe: Any) -> None:
         ({"submit_model_timeout": 0}, "submit_model_timeout=0: a finite number above 0"),
         ({"validation_timeout": "6000"}, "validation_timeout='6000'"),
         ({"validation_timeout": None}, "validation_timeout=None"),
+        ({"memory_budget": 0}, "memory_budget=0"),
         ({"participating_clients": []}, "participating_clients=.*at least one"),
         ({"participating_clients": "site-1"}, "participating_clients='site-1': a list"),
         ({"participating_clients": ["server"]}, "participating_clients='server': this name is reserved"),
