@@ -17,7 +17,7 @@ from rich.table import Table
 from workflows._evaluations import GAPS_FILE, RESULTS_FILE
 from workflows._outcome import natural
 
-__all__ = ["Evaluated", "draw_heat_map", "read_evaluated", "show_evaluated"]
+__all__ = ["Evaluated", "draw", "draw_heat_map", "read_evaluated", "show_evaluated"]
 
 # More columns do not fit into a terminal: the models are then described by their extremes.
 _MAX_SITE_COLUMNS = 8
@@ -138,6 +138,22 @@ def _extremes(known: Mapping[str, float]) -> list[str]:
         return ["-", "-"]
     low, high = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
     return [escape(f"{_figure(known[site])} {site}") for site in (low, high)]
+
+
+def draw(run_dir: str | Path, metric: str = "accuracy") -> Path | None:
+    """Draw what the cross-site evaluation of a run has left, beside its results.
+
+    Args:
+        metric: the one to draw; where there is none of that name, the first one that is a number.
+
+    Returns:
+        The PNG file, or None when there is nothing to draw.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    found = read_evaluated(Path(run_dir))
+    return None if found is None else draw_heat_map(found, found.metric(metric))
 
 
 def draw_heat_map(found: Evaluated, metric: str) -> Path | None:

@@ -21,9 +21,10 @@ from flarebus.model import FLModel
 from flarebus.workflow.controller import Controller, Job, Result, Task
 from flarebus.workflow.held import HeldModel
 from flarebus.workflow.params import as_array, flatten
+from workflows._evaluation_report import draw
 from workflows._evaluations import GAPS_FILE, RESULTS_FILE, Evaluations
 
-__all__ = ["CrossSiteEval"]
+__all__ = ["CrossSiteEval", "draw"]
 
 Model = FLModel | HeldModel
 

@@ -145,9 +145,34 @@ def test_federated_statistics(number: int, has_histogram: bool) -> None:
     assert (folder / "irises_left_out.json").exists() is not has_histogram
 
 
+@pytest.mark.parametrize(
+    ("number", "n_sites", "rows"),
+    [(0, 3, {"site-1", "site-2", "site-3"}), (1, 5, {"site-1", "site-2", "site-5"})],
+    ids=["plain", "participants"],
+)
+def test_cross_site_eval_numpy(number: int, n_sites: int, rows: set[str]) -> None:
+    """Every model is measured everywhere, and what a site sees of the server's best one is what it saw in training."""
+    run_dir, output = run("cross_site_eval_numpy", commands(EXAMPLES / "cross_site_eval_numpy" / "README.md")[number])
+
+    folder = run_dir / "server" / "cross_site_val"
+    results = json.loads((folder / "cross_val_results.json").read_text())
+    server = {f"SRV_{stem}FL_global_model.safetensors" for stem in ("", "best_")}
+    assert {site: set(row) for site, row in results.items()} == dict.fromkeys(rows, rows | server)
+    assert json.loads((folder / "cross_val_gaps.json").read_text()) == {"models": {}, "evaluations": {}}
+    in_training = [line["sites"] for line in rounds(run_dir)]
+    assert all(len(sites) == n_sites for sites in in_training)  # type: ignore[arg-type]
+    for site in rows:
+        best = results[site]["SRV_best_FL_global_model.safetensors"]
+        assert best in [sites[site] for sites in in_training]  # type: ignore[index]
+    picture = re.search(r"^picture: (.*)$", output, re.MULTILINE)
+    assert picture is not None
+    assert Path(picture[1]).read_bytes().startswith(b"\x89PNG")
+
+
 def test_every_example_is_run() -> None:
     """No command in a README of an example is left untested."""
     assert {readme.parent.name: len(commands(readme)) for readme in EXAMPLES.glob("*/README.md")} == {
+        "cross_site_eval_numpy": 2,
         "custom_pipe": 4,  # in test_custom_pipe
         "federated_statistics": 2,
         "hello_huggingface": 1,

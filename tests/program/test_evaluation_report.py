@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from workflows._evaluation_progress import EvaluationWatcher
-from workflows._evaluation_report import draw_heat_map, read_evaluated, show_evaluated
+from workflows._evaluation_report import draw, draw_heat_map, read_evaluated, show_evaluated
 
 RESULTS: dict[str, Any] = {
     "site-2": {"site-2": {"loss": 0.5, "note": "ok"}, "SRV_a": {"loss": 0.25, "note": "ok"}},
@@ -105,6 +105,14 @@ def test_draws_a_picture_with_holes(tmp_path: Path) -> None:
 
     assert path == found.folder / "cross_val_results.png"
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_draws_the_picture_of_a_run(tmp_path: Path) -> None:
+    """For whoever has run a recipe: of the metric asked for, else of one that there is; of nothing, none."""
+    assert draw(tmp_path) is None
+    folder = left(tmp_path)
+
+    assert draw(str(folder)) == draw(folder, "loss") == folder / "server/cross_site_val/cross_val_results.png"
 
 
 def test_progress_counts_each_evaluation_once() -> None:
