@@ -101,7 +101,7 @@ class SiteHalves:
     def cancel(self, site: str, key: tuple[str, int]) -> None:
         """The task whose ticket has `key` is not wanted any more: if no half of `site` has begun it, none will."""
         for _, job in self._jobs.get(site, ()):
-            job.cancel(key)
+            job.drop(key)
 
     def end(self, reason: str) -> None:
         """The job has ended."""

@@ -144,6 +144,10 @@ class HostedJob:
         """Give a task to one site after the other; see `SiteJob.relay`."""
         return self._turns.relay(task, sites, **how)
 
+    def cancel(self, reason: str) -> None:
+        """End what runs now; see `Job.cancel`."""
+        self._turns.cancel(reason)
+
     @property
     def shelf(self) -> Shelf:
         """The models of this site; see `SiteJob.shelf`."""
@@ -169,13 +173,13 @@ class HostedJob:
         self._agenda.post(lambda: self._take(call))
         self._begin()
 
-    def cancel(self, key: tuple[str, int]) -> None:
+    def drop(self, key: tuple[str, int]) -> None:
         """A task is not wanted any more."""
 
-        def drop() -> None:
+        def leave_out() -> None:
             self._calls = deque(call for call in self._calls if call.key != key)
 
-        self._agenda.post(drop)
+        self._agenda.post(leave_out)
 
     def heard(self, event: Callable[[Roster, Desk], None]) -> None:
         """Something is new about the other sites: change the roster, and tell the desk."""

@@ -111,6 +111,7 @@ class SiteJob(Protocol):
         wait_time_after_min_received: float | None = None,
         timeout: float | None = None,
         in_order: bool = False,
+        newcomers: bool = False,
         fetch: bool = True,
         most_staged: int | None = None,
         staging_timeout: float | None = None,
@@ -145,6 +146,9 @@ class SiteJob(Protocol):
         timeout: float | None = None,
     ) -> Iterator[Result]:
         """Give a task to one site after the other; see `Job.relay`."""
+
+    def cancel(self, reason: str) -> None:
+        """End the broadcast or relay that runs now, from any thread; see `Job.cancel`."""
 
     @property
     def shelf(self) -> Shelf:

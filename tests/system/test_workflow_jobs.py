@@ -123,11 +123,15 @@ class Steer(SiteController):
             job.send(Task("steer_refuse", begun, 0, 1), ["site-2"])
         except QuorumNotReached as error:
             refused = error.reasons["site-2"]
+        first = []
+        for result in job.broadcast(Task("train", begun, 0, 1), newcomers=True):
+            first.append(weight(result.model))
+            job.cancel("one is enough")
         pages = job.shelf.pages(begun.params)
         pages["w"][:] = 42
         job.shelf.keep(pages, 1)
         job.shelf.keep_best({"w": np.full_like(pages["w"], 7)})
-        told = {"trained": trained, "relayed": relayed, "passed": passed, "refused": refused}
+        told = {"trained": trained, "relayed": relayed, "passed": passed, "refused": refused, "first": first}
         job.fire("done", **told, asked=weight(asked.model), source=asked.model.meta["source"])
 
 
@@ -245,6 +249,7 @@ def test_sites_give_tasks_to_each_other(code: Path, tmp_path: Path, size: int) -
         "source": "site-1",
         "passed": [11.0],
         "refused": "not today",
+        "first": [2.0],
     }
     models = tmp_path / "runs" / "steer" / "site-1" / "models"
     assert set(load_file(models / "FL_global_model.safetensors")["w"].tolist()) == {42.0}
