@@ -174,6 +174,7 @@ def test_every_example_is_run() -> None:
     assert {readme.parent.name: len(commands(readme)) for readme in EXAMPLES.glob("*/README.md")} == {
         "cross_site_eval_numpy": 2,
         "custom_pipe": 4,  # in test_custom_pipe
+        "custom_workflow": 4,  # in test_custom_workflow
         "federated_statistics": 2,
         "hello_huggingface": 1,
         "hello_lightning": 1,
