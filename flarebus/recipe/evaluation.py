@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -187,8 +187,10 @@ def _checked(submit_s: object, validation_s: object, clients: object, budget: ob
 
 def _with_validators(job: JobDefinition) -> JobDefinition:
     """The same job with a validator for what the scripts of NumPy sites leave unanswered."""
-    names = {name for answers in _ANSWERS.values() for name in answers}
-    used = names_used(job.code_layout().files.values(), names)
+    configs = (job.site_defaults, *job.sites.values())
+    if all(config.framework is not FrameworkType.NUMPY for config in configs):
+        return job
+    used = names_used(_code_of(job), {name for answers in _ANSWERS.values() for name in answers})
 
     def change(site: SiteConfig) -> SiteConfig:
         tasks = [
@@ -202,6 +204,14 @@ def _with_validators(job: JobDefinition) -> JobDefinition:
         return replace(site, executors=(*site.executors, _validator(*tasks)))
 
     return job.with_sites_changed(change)
+
+
+def _code_of(job: JobDefinition) -> Iterable[Path]:
+    """The files that a script may have its loop in."""
+    try:
+        return job.code_layout().files.values()
+    except ConfigError:  # too much to be the code of a job; exporting it would say so
+        return [Path(config.train_script) for config in (job.site_defaults, *job.sites.values())]
 
 
 def _validator(*tasks: str) -> ExecutorRef:

@@ -156,6 +156,16 @@ def test_modules_beside_the_script_are_read_too(make: Make, code: Path) -> None:
     assert tasks_of(recipe) == [["submit_model"]]
 
 
+def test_a_script_among_too_many_files_is_read_alone(make: Make, code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script in a home folder can be run, though not exported; so can its models be evaluated."""
+    code.joinpath("client.py").write_text("flare.is_evaluate()")
+    recipe = make(framework=FrameworkType.NUMPY)
+    monkeypatch.setattr("flarebus.job.code._MAX_FILES", 1)
+    add(recipe)
+
+    assert tasks_of(recipe) == [["submit_model"]]
+
+
 @pytest.mark.parametrize("framework", [FrameworkType.PYTORCH, FrameworkType.TENSORFLOW, FrameworkType.RAW])
 def test_scripts_of_other_frameworks_answer_themselves(make: Make, framework: FrameworkType) -> None:
     """Nothing is added to them."""
