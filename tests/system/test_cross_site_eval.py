@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 from flarebus.errors import ConfigError
-from flarebus.recipe import CrossSiteEvalRecipe, FedAvgRecipe, FrameworkType, Recipe, SimEnv, add_cross_site_evaluation
+from flarebus.recipe import (
+    CrossSiteEvalRecipe,
+    CyclicRecipe,
+    FedAvgRecipe,
+    FrameworkType,
+    Recipe,
+    SimEnv,
+    SwarmRecipe,
+    add_cross_site_evaluation,
+)
 
 # The model of a site is what it trained last: what it received plus its number. What a site says of a model is the
 # model's first weight and its own number. Faults: name of a site -> what goes wrong there.
@@ -106,6 +115,31 @@ def test_every_model_on_every_site(tmp_path: Path, size: int, external: bool) ->
     assert gaps == {"models": {}, "evaluations": {}}
 
 
+@pytest.mark.parametrize("kind", [SwarmRecipe, CyclicRecipe])
+def test_after_other_ways_of_learning(tmp_path: Path, kind: type[Recipe]) -> None:
+    """Sites that steered, and sites that took turns, are as good as those of federated averaging."""
+    script = tmp_path / "client.py"
+    script.write_text(SCRIPT)
+    recipe = kind(
+        model={"w": np.full(4, 100, np.float32)},
+        min_clients=3,
+        num_rounds=2,
+        train_script=str(script),
+        train_args="{} 4",
+        framework=FrameworkType.NUMPY,
+    )
+    add_cross_site_evaluation(recipe)
+    results, gaps = executed(recipe, tmp_path, 3)
+
+    # Cyclic: each adds its number to what the one before has made of it, in two rounds.
+    models = MODELS if kind is SwarmRecipe else {"site-1": 107, "site-2": 109, "site-3": 112, SRV: 112, BEST: 106}
+    assert gaps == {"models": {}, "evaluations": {}}
+    for site, found in results.items():
+        assert {owner: metrics["v"] for owner, metrics in found.items()} == {
+            owner: pytest.approx(value + int(site[-1]) / 10) for owner, value in models.items()
+        }
+
+
 def test_sites_that_fail_leave_gaps_with_reasons(tmp_path: Path) -> None:
     """One has no model, one's validator raises for one model, one measures NaN: the job is completed all the same."""
     recipe = trained(tmp_path, {"site-1": "no model", "site-2": "raise", "site-3": "nan"})
@@ -136,15 +170,20 @@ def test_a_site_that_is_late_holds_nobody_up_twice(tmp_path: Path) -> None:
 
 
 def test_a_site_that_dies_leaves_gaps(tmp_path: Path) -> None:
-    """Its process is killed again and again while it evaluates one model; the others go on to the end."""
-    recipe = trained(tmp_path, {"site-3": "die"}, model={"w": np.full(4, 198, np.float32)}, num_rounds=1)
+    """Its process is killed while it evaluates its own model, which is lost with it; the others go on to the end."""
+    size = 400_000
+    recipe = trained(tmp_path, {"site-3": "die"}, size, model={"w": np.full(size, 198, np.float32)}, num_rounds=1)
     add_cross_site_evaluation(recipe)
     results, gaps = executed(recipe, tmp_path, 3, threads=3)
 
-    owners = {"site-1", "site-2"}
-    assert all(owners | {SRV} <= set(results[site]) for site in owners)
-    assert "killed" in " ".join(gaps["evaluations"]["site-3"].values())
-    assert set(results) | set(gaps["evaluations"]) == {"site-1", "site-2", "site-3"}
+    others = {"site-1": 199.0, "site-2": 200.0, SRV: 200.0, BEST: 198.0}
+    assert {site: row(site, others) for site in ("site-1", "site-2")} == {
+        site: {owner: found for owner, found in results[site].items() if owner != "site-3"}
+        for site in ("site-1", "site-2")
+    }
+    assert set(gaps["evaluations"]["site-3"]) | set(results.get("site-3", {})) == {*others, "site-3"}
+    reasons = " ".join(reason for site in gaps["evaluations"].values() for reason in site.values())
+    assert "lost: it is not offered" in reasons or "was killed by SIGKILL" in reasons
 
 
 def test_files_at_every_site_without_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
