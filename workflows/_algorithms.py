@@ -24,6 +24,7 @@ class Algorithm:
         about: the first paragraph of the help.
         options: those that only its recipe takes, or the function that adds to it.
         adds: the name of a function in `flarebus.recipe` that adds something to the recipe; "" for none.
+        min_clients: sites that it needs if nobody says; None: all that are asked.
     """
 
     workflow: str
@@ -31,11 +32,12 @@ class Algorithm:
     about: str
     options: tuple[Option, ...] = ()
     adds: str = ""
+    min_clients: int | None = None
 
 
 def _order(text: str) -> str | list[str]:
     """One of the orders, or names of sites with commas between."""
-    return text.split(",") if "," in text else text
+    return list(site_names(text)) if "," in text else text
 
 
 ALGORITHMS = {
@@ -136,6 +138,7 @@ ALGORITHMS = {
                     help="A site may end the job with its update.",
                 ),
             ),
+            min_clients=2,
         ),
         Algorithm(
             "swarm",

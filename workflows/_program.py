@@ -138,6 +138,7 @@ def _run(algorithm: Algorithm, options: Options, console: Console) -> _Ending:
     watcher = Watcher(console, options.key_metric)
     try:
         # What is added has the options; the recipe that it is added to keeps to its own.
+        options = replace(options, min_clients=options.min_clients or algorithm.min_clients)
         named = replace(options, own={}, name=options.name or algorithm.workflow)
         planned = plan(named if algorithm.adds else options)
         _train(algorithm, planned, options, watcher)

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flarebus.client.memory import release_memory
-from flarebus.errors import QuorumNotReached, UpdateRefused
+from flarebus.errors import JobFailed, QuorumNotReached, UpdateRefused
 from flarebus.model import FLModel, MetaKey
 from flarebus.workflow.controller import Controller, Job, Order, Result, Task
 from flarebus.workflow.mean import WeightedMean
@@ -91,7 +91,7 @@ class Cyclic(Controller):
 
     def _round(self, job: Job, number: int, entered: dict[str, Any]) -> tuple[dict[str, Any], bool]:
         turns = self.turns(job.sites, number)
-        self._check_present(turns, job.sites)
+        self._check_present(number, turns, job.sites)
         model, metrics, has_ended = entered, None, False
         refused: dict[str, str] = {}
         for result in job.relay(
@@ -136,11 +136,13 @@ class Cyclic(Controller):
     def _drawn(self, sites: Sequence[str], number: int) -> list[str]:
         return random.Random(f"{self.seed}/{number}").sample(sorted(sites), len(sites))
 
-    def _check_present(self, turns: Sequence[str], present: Sequence[str]) -> None:
+    def _check_present(self, number: int, turns: Sequence[str], present: Sequence[str]) -> None:
         there = set(turns) & set(present)
         if len(there) < self.min_clients:
-            away = {site: "it is not there" for site in turns if site not in there}
-            raise QuorumNotReached(self.min_clients, len(there), away)
+            names = ", ".join(sorted(there)) or "none"
+            raise JobFailed(
+                f"round {number + 1} needs {self.min_clients} sites; of those with a turn are there: {names}"
+            )
 
     def _checked(self, model: dict[str, Any], result: Result) -> WeightedMean:
         """What a site made of the model, checked as in federated averaging: the mean of one is that one."""

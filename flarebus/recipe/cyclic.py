@@ -89,8 +89,11 @@ class CyclicRecipe(FedAvgRecipe):
         if min_clients < 2:
             raise ConfigError("min_clients", min_clients, "at least 2: a single site has nobody to hand the model to")
         settings = self._definition.workflow_settings
+        turns = _order(order)
+        if isinstance(turns, list) and len(set(turns)) < min_clients:
+            raise ConfigError("order", turns, f"at least min_clients={min_clients} sites")
         own = {
-            "order": _order(order),
+            "order": turns,
             "task_assignment_timeout": _seconds("task_assignment_timeout", task_assignment_timeout),
             "task_result_timeout": _seconds("task_result_timeout", task_result_timeout),
             "allow_early_termination": check_flag("allow_early_termination", allow_early_termination),
@@ -110,10 +113,7 @@ def _order(value: object) -> str | list[str]:
         return Order(value).value
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ConfigError("order", value, f"{', '.join(Order.__members__)}, or a list of names of sites")
-    names = [check_site_name("order", name) for name in value]
-    if len(set(names)) < 2:
-        raise ConfigError("order", names, "at least 2 sites")
-    return names
+    return [check_site_name("order", name) for name in value]
 
 
 def _seconds(parameter: str, value: float | None) -> float | None:

@@ -136,6 +136,18 @@ def test_somebodys_script(job: list[str]) -> None:
     assert load_file(paths["model"])["w"].tolist() == [3.0] * 4
 
 
+@pytest.mark.usefixtures("checked_out_workflows")
+def test_turns_in_a_given_order(job: list[str]) -> None:
+    """The model goes to the sites that have a turn, and to no other."""
+    code, out, err = run(*job, "--clients", "3", "--order", "site-3,site-1", "--json", workflow="cyclic")
+
+    assert code == 0, err
+    found = last_line(out)
+    assert found["accuracy_per_round"] == [0.0, 2.0, 4.0]
+    rows = (Path(found["run_dir"]) / "server" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["accepted"] for row in rows] == [["site-1", "site-3"]] * 3
+
+
 def test_its_json(job: list[str]) -> None:
     """The JSON line has the metrics of the models that entered the rounds, and the least loss is the best."""
     code, out, err = run(*job, "--json")

@@ -65,8 +65,8 @@ def test_comes_back_equal(basic, tmp_path, order):
     [
         ({"order": "SORTED"}, "order", "FIXED, RANDOM, RANDOM_WITHOUT_SAME_IN_A_ROW, or a list"),
         ({"order": 3}, "order", "or a list"),
-        ({"order": ["a"]}, "order", "at least 2 sites"),
-        ({"order": ["a", "a"]}, "order", "at least 2 sites"),
+        ({"order": ["a"]}, "order", "at least min_clients=2 sites"),
+        ({"order": ["a", "b", "a"], "min_clients": 3}, "order", "at least min_clients=3 sites"),
         ({"order": ["a", "server"]}, "order", "reserved"),
         ({"min_clients": 1}, "min_clients", "at least 2"),
         ({"task_assignment_timeout": 0}, "task_assignment_timeout", "above 0"),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flarebus.errors import ConfigError, QuorumNotReached
+from flarebus.errors import ConfigError, JobFailed, QuorumNotReached
 from flarebus.model import FLModel
 from flarebus.workflow.controller import Order
 from tests.workflow.fake_job import FakeJob, update
@@ -196,13 +196,13 @@ def test_a_round_without_any_usable_update_fails() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sites", "settings"), [("a", {}), ("ab", {"min_clients": 3}), ("ab", {"order": ["a", "x", "y"]})]
+    ("sites", "settings"), [("a", {}), ("ab", {"min_clients": 3}), ("abc", {"order": ["a", "x", "y"]})]
 )
 def test_too_few_sites_are_said_before_the_round(sites: str, settings: dict[str, Any]) -> None:
     """At least two sites that have a turn must be there, or as many as were asked for."""
     job = FakeJob(add_one, sites, ZEROS)
 
-    with pytest.raises(QuorumNotReached):
+    with pytest.raises(JobFailed, match=r"round 1 needs [23] sites; of those with a turn are there: a"):
         run(job, **settings)
     assert job.rounds_done == []
 
