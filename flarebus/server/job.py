@@ -115,19 +115,19 @@ class ServerJob:
             yield number
 
     def broadcast(self, task: Task | Mapping[str, Task], **how: Any) -> Iterator[Result]:
-        """Give a task out and yield results; see `Job.broadcast`."""
+        """Give a task out and yield results; see `TaskGiver.broadcast`."""
         return self._desk.broadcast(task, **how)
 
     def send(self, task: Task, sites: Sequence[str], **how: Any) -> Result:
-        """Give a task to the first site that is there; see `Job.send`."""
+        """Give a task to the first site that is there; see `TaskGiver.send`."""
         return self._turns.send(task, sites, **how)
 
     def relay(self, task: Task, sites: Sequence[str], **how: Any) -> Iterator[Result]:
-        """Give a task to one site after the other; see `Job.relay`."""
+        """Give a task to one site after the other; see `TaskGiver.relay`."""
         return self._turns.relay(task, sites, **how)
 
     def cancel(self, reason: str) -> None:
-        """End the broadcast that runs now; see `Job.cancel`."""
+        """End the broadcast that runs now; see `TaskGiver.cancel`."""
         self._turns.cancel(reason)
 
     def reports(self, timeout: float | None = None) -> Iterator[Report]:

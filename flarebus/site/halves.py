@@ -53,7 +53,6 @@ class SiteHalves:
         self._peers = frozenset[str]()
         cell.inbox("task", "result", self._result_came, room=self._room)
         cell.inbox("task", "directory", self._directory_came)
-        cell.inbox("task", "report", lambda delivery: None)
         cell.on_gone(self._gone)
 
     def add(

@@ -130,22 +130,22 @@ class HostedJob:
                     yield call
 
     def broadcast(self, task: Task | Mapping[str, Task], **how: Any) -> Iterator[Result]:
-        """Give a task out and yield results; see `SiteJob.broadcast`."""
+        """Give a task out and yield results; see `TaskGiver.broadcast`."""
         results = self.desk.broadcast(task, **how)
         for call in self._calls:  # the last of them may have come just now
             self._interrupt_for(call)
         return results
 
     def send(self, task: Task, sites: Sequence[str], **how: Any) -> Result:
-        """Give a task to the first site that is there; see `SiteJob.send`."""
+        """Give a task to the first site that is there; see `TaskGiver.send`."""
         return self._turns.send(task, sites, **how)
 
     def relay(self, task: Task, sites: Sequence[str], **how: Any) -> Iterator[Result]:
-        """Give a task to one site after the other; see `SiteJob.relay`."""
+        """Give a task to one site after the other; see `TaskGiver.relay`."""
         return self._turns.relay(task, sites, **how)
 
     def cancel(self, reason: str) -> None:
-        """End what runs now; see `Job.cancel`."""
+        """End what runs now; see `TaskGiver.cancel`."""
         self._turns.cancel(reason)
 
     @property
@@ -156,7 +156,7 @@ class HostedJob:
         return self._shelf
 
     def fire(self, event: str, **fields: Any) -> None:
-        """Tell the server; see `SiteJob.fire`. Also what the desk tells of its tasks."""
+        """Tell the server; see `TaskGiver.fire`. Also what the desk tells of its tasks."""
         report = {"site": self.site, "event": event, "fields": fields}
         self._cell.notify(self._facts.server, "task", "report", report)
 

@@ -115,7 +115,7 @@ class Desk:
         on_failed: Callable[[str, str], None] | None = None,
         resumes: bool = False,
     ) -> Iterator[Result]:
-        """Give a task out and yield results; see `Job.broadcast`, and `SiteJob.broadcast` for `resumes`."""
+        """Give a task out and yield results; see `TaskGiver.broadcast`."""
         self.close()
         self._agenda.take_waiting()
         if sites is None:
@@ -137,7 +137,7 @@ class Desk:
         return results
 
     def cancel(self, reason: str) -> None:
-        """End the broadcast that runs now; from any thread. See `Job.cancel`."""
+        """End the broadcast that runs now; from any thread. See `TaskGiver.cancel`."""
         open_task = self._open
         if open_task is not None:
             log.info("%s of round %s cancelled: %s", open_task.name, open_task.round, reason)

@@ -45,7 +45,7 @@ class Turns:
         timeout: float | None = None,
         fetch: bool = True,
     ) -> Result:
-        """See `Job.send`."""
+        """See `TaskGiver.send`."""
         self._is_cancelled = False
         absent: dict[str, str] = {}
         for turn in [list(sites)] if any_order else [[site] for site in sites]:
@@ -62,7 +62,7 @@ class Turns:
         assignment_timeout: float | None = None,
         timeout: float | None = None,
     ) -> Iterator[Result]:
-        """See `Job.relay`."""
+        """See `TaskGiver.relay`."""
         self._is_cancelled = False
         lost: dict[str, str] = {}
         n_answers = 0
@@ -88,7 +88,7 @@ class Turns:
             raise QuorumNotReached(1, 0, lost)
 
     def cancel(self, reason: str) -> None:
-        """End what runs now, from any thread; see `Job.cancel`."""
+        """End what runs now, from any thread; see `TaskGiver.cancel`."""
         self._is_cancelled = True
         self._desk.cancel(reason)
 

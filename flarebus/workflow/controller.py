@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from flarebus.model import FLModel
 from flarebus.workflow.held import HeldModel
 
-__all__ = ["Controller", "Job", "Order", "Report", "Result", "Task"]
+__all__ = ["Controller", "Job", "Order", "Report", "Result", "Task", "TaskGiver"]
 
 Params = dict[str, Any]
 
@@ -101,8 +101,8 @@ class Order(str, Enum):
     RANDOM_WITHOUT_SAME_IN_A_ROW = "RANDOM_WITHOUT_SAME_IN_A_ROW"
 
 
-class Job(Protocol):
-    """What a controller may call. One controller runs at a time, on one thread."""
+class TaskGiver(Protocol):
+    """What whoever steers may call, at the server (`Job`) or at a site (`SiteJob`). On one thread."""
 
     @property
     def name(self) -> str:
@@ -114,23 +114,7 @@ class Job(Protocol):
 
     @property
     def sites(self) -> Sequence[str]:
-        """The sites that can be given work now, sorted."""
-
-    def initial_params(self) -> Params:
-        """The last committed model, or the one the job came with; empty when it came without."""
-
-    def models(self) -> Mapping[str, Params]:
-        """The models that the server has, by the names of their files: those that the job brought, and, as far as there
-        are any, the last one that was committed or kept, and the best. Their arrays lie on the pages of files.
-
-        Raises:
-            ConfigError: a model that the job brought cannot be read.
-            EncodeError: it holds something that cannot be kept in a file.
-            OSError: the disk is full.
-        """
-
-    def rounds(self, num_rounds: int) -> Iterator[int]:
-        """Round numbers from the first that is not committed; raises `JobAborted` between them once it is wanted."""
+        """The sites that can be given work now, sorted; at a site, itself included."""
 
     def broadcast(
         self,
@@ -146,6 +130,7 @@ class Job(Protocol):
         most_staged: int | None = None,
         staging_timeout: float | None = None,
         on_failed: Callable[[str, str], None] | None = None,
+        resumes: bool = False,
     ) -> Iterator[Result]:
         """Give `task` to sites and yield their results as they arrive. Leaving the loop early takes it back.
 
@@ -165,6 +150,8 @@ class Job(Protocol):
                 its site is told. None for no limit.
             on_failed: told the site and the reason, on the controller's thread, when a site will give no usable
                 result. Of those that only take too long it is not told.
+            resumes: a site that has answered the task of this name and round before to another site, or works on it for
+                one, gives that answer.
 
         Raises:
             QuorumNotReached: fewer than `min_responses` usable results came, or can come; says why for each site.
@@ -217,6 +204,35 @@ class Job(Protocol):
         """End the broadcast or relay that runs now, from any thread: its loop comes to its end, whatever the quorum.
         A `send` that runs raises `QuorumNotReached`."""
 
+    def fire(self, event: str, **fields: Any) -> None:
+        """Tell whoever listens that something happened.
+
+        These come by themselves: `site_joined`, `site_lost` and `site_dead`; `round_started`, `result_accepted`,
+        `result_refused` and `site_failed` of each task; `turn_lost` of a relay; `round_committed`. A workflow that
+        aggregates fires `before_aggregation`, when all results of a round are in, and `after_aggregation`, when the new
+        model is made.
+        """
+
+
+class Job(TaskGiver, Protocol):
+    """What a controller may call. One controller runs at a time."""
+
+    def initial_params(self) -> Params:
+        """The last committed model, or the one the job came with; empty when it came without."""
+
+    def models(self) -> Mapping[str, Params]:
+        """The models that the server has, by the names of their files: those that the job brought, and, as far as there
+        are any, the last one that was committed or kept, and the best. Their arrays lie on the pages of files.
+
+        Raises:
+            ConfigError: a model that the job brought cannot be read.
+            EncodeError: it holds something that cannot be kept in a file.
+            OSError: the disk is full.
+        """
+
+    def rounds(self, num_rounds: int) -> Iterator[int]:
+        """Round numbers from the first that is not committed; raises `JobAborted` between them once it is wanted."""
+
     def reports(self, timeout: float | None = None) -> Iterator[Report]:
         """What happens at the sites of a job whose sites steer, as it is heard; ends after `timeout` seconds of
         silence.
@@ -258,15 +274,6 @@ class Job(Protocol):
         Raises:
             ConfigError: `path` leads out of the folder.
             OSError: the disk is full.
-        """
-
-    def fire(self, event: str, **fields: Any) -> None:
-        """Tell whoever listens that something happened.
-
-        These come by themselves: `site_joined`, `site_lost` and `site_dead`; `round_started`, `result_accepted`,
-        `result_refused` and `site_failed` of each task; `turn_lost` of a relay; `round_committed`. A workflow that
-        aggregates fires `before_aggregation`, when all results of a round are in, and `after_aggregation`, when the new
-        model is made.
         """
 
 

@@ -7,12 +7,12 @@ server or another site gives to it, not to the script.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from flarebus.model import FLModel
-from flarebus.workflow.controller import Result, Task
+from flarebus.workflow.controller import TaskGiver
 
 __all__ = ["Call", "Shelf", "SiteController", "SiteJob"]
 
@@ -72,24 +72,13 @@ class Shelf(Protocol):
         """`params` are the best model."""
 
 
-class SiteJob(Protocol):
-    """What a site controller may call. It runs on one thread."""
-
-    @property
-    def name(self) -> str:
-        """Name of the job."""
-
-    @property
-    def job_id(self) -> str:
-        """Identity of this run of it."""
+class SiteJob(TaskGiver, Protocol):
+    """What a site controller may call. What it fires goes to the server, as a small message without a promise that it
+    arrives; tasks that it gives out are answered by the scripts of the sites, or by their controllers."""
 
     @property
     def site(self) -> str:
         """The name of this site."""
-
-    @property
-    def sites(self) -> Sequence[str]:
-        """All sites that can be given work now, this one included, sorted."""
 
     @property
     def folder(self) -> Path:
@@ -102,60 +91,9 @@ class SiteJob(Protocol):
     def calls(self) -> Iterator[Call]:
         """Tasks for this controller as they come, to the end of the job."""
 
-    def broadcast(
-        self,
-        task: Task | Mapping[str, Task],
-        *,
-        sites: Sequence[str] | None = None,
-        min_responses: int = 0,
-        wait_time_after_min_received: float | None = None,
-        timeout: float | None = None,
-        in_order: bool = False,
-        newcomers: bool = False,
-        fetch: bool = True,
-        most_staged: int | None = None,
-        staging_timeout: float | None = None,
-        on_failed: Callable[[str, str], None] | None = None,
-        resumes: bool = False,
-    ) -> Iterator[Result]:
-        """Give a task to sites; see `Job.broadcast`. Their scripts answer, or their controllers.
-
-        Args:
-            resumes: a site that has answered the task of this name and round before, or works on it, for another site,
-                gives that answer.
-        """
-
-    def send(
-        self,
-        task: Task,
-        sites: Sequence[str],
-        *,
-        any_order: bool = False,
-        assignment_timeout: float | None = None,
-        timeout: float | None = None,
-        fetch: bool = True,
-    ) -> Result:
-        """Give a task to the first of `sites` that is there; see `Job.send`."""
-
-    def relay(
-        self,
-        task: Task,
-        sites: Sequence[str],
-        *,
-        assignment_timeout: float | None = None,
-        timeout: float | None = None,
-    ) -> Iterator[Result]:
-        """Give a task to one site after the other; see `Job.relay`."""
-
-    def cancel(self, reason: str) -> None:
-        """End the broadcast or relay that runs now, from any thread; see `Job.cancel`."""
-
     @property
     def shelf(self) -> Shelf:
         """The models that this site keeps."""
-
-    def fire(self, event: str, **fields: Any) -> None:
-        """Tell the server that something happened; a small message, no promise that it arrives."""
 
 
 class SiteController(ABC):
