@@ -120,14 +120,18 @@ class HostedJob:
 
     def calls(self) -> Iterator[SiteCall]:
         """Tasks as they come; see `SiteJob.calls`."""
+        return (call for call in self._unopened() if call.open())
+
+    def _unopened(self) -> Iterator[SiteCall]:
+        """The same, not yet through the filters."""
         with suppress(JobAborted):
             while True:
                 # First: a task may have been cancelled, or the job ended, since the one before was begun.
                 self._agenda.take_waiting()
                 if not self._calls:
                     self._agenda.take(None)
-                elif (call := self._calls.popleft()).open():
-                    yield call
+                else:
+                    yield self._calls.popleft()
 
     def broadcast(self, task: Task | Mapping[str, Task], **how: Any) -> Iterator[Result]:
         """Give a task out and yield results; see `TaskGiver.broadcast`."""
@@ -232,17 +236,21 @@ class HostedJob:
 
     def _execute_all(self, executor: Executor) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for call in self.calls():
-            task = SiteTask(call.name, call.round, call.total_rounds, call.model, self.site, self.job_id, self.folder)
+        for call in self._unopened():
             try:
-                with self._turn:
-                    answer = executor.execute(task)
-                if not isinstance(answer, FLModel):
-                    raise TypeError(f"execute() returned an object of type {type(answer).__name__}, not an FLModel")
-                call.answer(answer)
+                with self._turn:  # filters too find the site's folder and code, as they do around a script
+                    if call.open():
+                        call.answer(self._executed(executor, call))
             except (Exception, SystemExit) as error:  # the reason travels; the site goes on
                 log.exception("%s: task %s failed", self.site, call.name)
                 call.fail(f"{type(self._half).__name__}: {type(error).__name__}: {error}")
+
+    def _executed(self, executor: Executor, call: SiteCall) -> FLModel:
+        facts = (self.site, self.job_id, self.folder)
+        answer = executor.execute(SiteTask(call.name, call.round, call.total_rounds, call.model, *facts))
+        if not isinstance(answer, FLModel):
+            raise TypeError(f"execute() returned an object of type {type(answer).__name__}, not an FLModel")
+        return answer
 
     def _close(self) -> None:
         self._turn.leave()

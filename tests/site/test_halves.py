@@ -66,6 +66,7 @@ class AddTen(Filter):
 
     def process(self, model: FLModel, task: FilterTask) -> FLModel:
         assert model.params, "no weights"
+        assert Path.cwd().name == task.site
         return FLModel(params={"w": model.params["w"] + 10}, meta=model.meta)
 
 
