@@ -77,7 +77,7 @@ class SwarmClientController(SiteController):
             it does not count. None for no limit. Nobody asks for permission: the leader fetches when it has room.
         request_to_submit_result_msg_timeout: seconds; as `learn_task_check_interval`.
         request_to_submit_result_interval: seconds; as `learn_task_check_interval`.
-        max_concurrent_submissions: results that a leader fetches at once.
+        max_concurrent_submissions: results of more than 1 MiB that a leader fetches at once.
         memory_gc_rounds: a leader gives memory back every so many rounds; 0 never.
         cuda_empty_cache: with it, give cached GPU memory back too.
 
@@ -197,7 +197,7 @@ class SwarmClientController(SiteController):
         course = Course.from_meta(call.model.meta)
         self._leads_in = course.term
         try:
-            self._lead(job, call.round, call.model.params or {}, course)
+            self._lead(job, call.round, _taken(call), course)
         finally:
             self._leads_in = None
 
@@ -209,13 +209,16 @@ class SwarmClientController(SiteController):
             if self._is_replaced():
                 return
             model, course = self._aggregate(job, gatherer, model, course)
+            del gatherer  # it has the model before, and memory of the results
             number += 1
-            if self.memory_gc_rounds and number % self.memory_gc_rounds == 0:
-                release_memory(self.cuda_empty_cache)
             if number == self._settings["num_rounds"]:
                 self._finish(job, number, model, course)
                 return
-            if self._hand_over(job, number, model, course):
+            has_handed_over = self._hand_over(job, number, model, course)
+            # It takes longer than a small round: whoever leads by now does not wait for it.
+            if self.memory_gc_rounds and number % self.memory_gc_rounds == 0:
+                release_memory(self.cuda_empty_cache)
+            if has_handed_over:
                 return
 
     def _gather(self, job: SiteJob, number: int, model: dict[str, Any], course: Course) -> Gatherer:
@@ -342,6 +345,12 @@ def leaders(settings: Mapping[str, Any], candidates: Sequence[str], number: int)
     order = sorted(candidates)
     Random(f"{settings['seed']}/{number}").shuffle(order)
     return order
+
+
+def _taken(call: Call) -> dict[str, Any]:
+    """The same, and nobody else keeps it: the leader's next models are on its shelf, not in memory."""
+    params, call.model.params = _params_of(call), None
+    return params
 
 
 def _params_of(call: Call) -> dict[str, Any]:

@@ -23,8 +23,8 @@ class GatherRules:
         min_responses_required: usable results that it needs; 0 is one of each trainer.
         wait_time_after_min_resps_received: seconds that the others have from then on.
         timeout: seconds for all of it; None leaves it to the trainers' lives.
-        max_concurrent_submissions: results fetched at once. A place is held no longer than its result comes: the next
-            one has it as soon as a trainer dies. What comes in its message needs none.
+        max_concurrent_submissions: results of more than 1 MiB fetched at once; smaller ones come with their messages. A
+            place is held no longer than its result comes: the next one has it as soon as a trainer dies.
         request_to_submit_result_max_wait: seconds that a result may wait for its place; None for no limit.
         aggregation_weights: site -> factor of the weight of its results.
         in_order: use results in the order of the sites' names, so that the bits of the mean do not depend on time.

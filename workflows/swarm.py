@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flarebus.errors import JobFailed, QuorumNotReached
 from flarebus.model import FLModel
 from flarebus.workflow.controller import Controller, Job, Report, Task
 from flarebus.workflow.held import HeldModel
+from flarebus.workflow.params import flatten
 from workflows._swarm_client import MetricComparator, SwarmClientController, leaders
 from workflows._swarm_gatherer import Gatherer
 from workflows._swarm_words import CONFIGURE, GIVE_BEST, GIVE_LAST, LEAD, SETTINGS, TERM, Course
@@ -114,6 +116,8 @@ class _Watch:
         self._best: float | None = None
         self._best_keeper = ""
         self._needed = 1
+        # Of the arrays of the model; all models of the job are like the first one.
+        self._nbytes = sum(getattr(leaf, "nbytes", 0) for leaf in flatten(job.initial_params()).values())
         # round -> the site that keeps the model with which it begins; the server keeps that of round 0.
         self._keepers: dict[int, str] = {}
         self._lost: set[str] = set()
@@ -178,13 +182,13 @@ class _Watch:
         job, swarm = self._job, self._swarm
         keepers = [self._leader, *(site for site in job.sites if site != self._leader)]
         wait_s, limit_s = swarm.start_task_timeout, swarm.end_workflow_timeout
-        task = self._task(GIVE_LAST, swarm.num_rounds)
+        task = replace(self._task(GIVE_LAST, swarm.num_rounds), asks_nbytes=self._nbytes)
         there = [site for site in keepers if site not in self._lost]
         job.keep(job.send(task, there, assignment_timeout=wait_s, timeout=limit_s).model.params or {})
         if not self._best_keeper:
             return
         # Everybody has it by now, if its keeper lived long enough to spread it.
-        task = self._task(GIVE_BEST, swarm.num_rounds)
+        task = replace(self._task(GIVE_BEST, swarm.num_rounds), asks_nbytes=self._nbytes)
         for site in sorted(there, key=lambda site: site != self._best_keeper):
             try:
                 best = job.send(task, [site], assignment_timeout=wait_s, timeout=limit_s)

@@ -89,7 +89,7 @@ class SwarmRecipe(FedAvgRecipe):
         progress_timeout: float = 3600.0,
         aggregator_cuda_empty_cache: bool = False,
         name: str = "swarm",
-        server_memory_gc_rounds: int = 1,
+        server_memory_gc_rounds: int = 0,
         **fedavg: Any,
     ) -> None:
         for parameter, neutral in _WITHOUT.items():

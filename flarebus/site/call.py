@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from flarebus.cell import Cell, Payload
 from flarebus.codec import encode
 from flarebus.delivery import Delivery
 from flarebus.errors import FilterFailed, FlarebusError, UsageError
-from flarebus.message import Buffer
 from flarebus.model import FLModel
 from flarebus.pending import Pending
 from flarebus.site.ticket import Kept, Ticket
-from flarebus.site.work import model_of
 from flarebus.slab import SlabPool
 from flarebus.workflow.filter import FilterChain, FilterTask
 
@@ -31,12 +29,9 @@ class SiteCall:
         site: whose it is.
         ticket: where the answer goes.
         fields: name, round and rounds of the task, and the encoded model.
-        buffers: of the model; shared with other sites of the host.
+        model: what came with it, the call's own.
         pool: memory for answers that are kept.
         filters: what the model goes through before it is seen, and the answer before it leaves.
-
-    Raises:
-        FlarebusError: there is no model in it.
     """
 
     def __init__(
@@ -45,7 +40,7 @@ class SiteCall:
         site: str,
         ticket: Ticket,
         fields: Mapping[str, Any],
-        buffers: Sequence[Buffer],
+        model: FLModel,
         pool: SlabPool,
         filters: tuple[FilterChain, FilterChain],
     ) -> None:
@@ -53,7 +48,7 @@ class SiteCall:
         self.round: int = fields["round"]
         self.total_rounds: int | None = fields["total_rounds"]
         self.source = ticket.owner
-        self.model = model_of(fields["model"], buffers, copy=True)
+        self.model = model
         self._cell = cell
         self._site = site
         self._ticket = ticket

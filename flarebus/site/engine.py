@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from flarebus.cell import Cell, Payload
 from flarebus.client.engine import Assignment
 from flarebus.client.metrics import MetricOutbox
-from flarebus.codec import decode, encode
+from flarebus.codec import encode
 from flarebus.delivery import Delivery
 from flarebus.errors import FlarebusError
 from flarebus.message import Buffer
@@ -22,8 +22,9 @@ from flarebus.model import FLModel
 from flarebus.pending import Pending
 from flarebus.site.outbox import ResultOutbox
 from flarebus.site.ticket import Kept, Ticket
+from flarebus.site.work import model_of
 from flarebus.slab import SlabPool, unbundle
-from flarebus.wire import bundle
+from flarebus.wire import MAX_CARRIED_BYTES, bundle
 from flarebus.workflow.filter import FilterChain, FilterTask
 
 __all__ = ["Line", "SharedModel", "SiteEngine"]
@@ -52,7 +53,11 @@ class SharedModel:
         self._lock = threading.Lock()
 
     def take(self) -> FLModel:
-        """A model of the caller's own."""
+        """A model of the caller's own.
+
+        Raises:
+            FlarebusError: it is none.
+        """
         with self._lock:
             self._takers -= 1
             last = self._takers == 0
@@ -61,9 +66,7 @@ class SharedModel:
                 self._buffers = ()
         if not last and self._bundle is not None:
             buffers, last = unbundle(self._bundle), True
-        model = decode(self._body, buffers, copy=not last)
-        assert isinstance(model, FLModel)
-        return model
+        return model_of(self._body, buffers, copy=not last)
 
     def drop(self) -> None:
         """One site less will take it."""
@@ -230,7 +233,7 @@ class SiteEngine:
             else:
                 self._log_note(f"result not delivered to {ticket.owner or 'the server'}: {error}")
 
-        self._send(ticket, payload).on_done(settled)
+        self._send(ticket, payload, bring=payload.nbytes <= min(ticket.credit, MAX_CARRIED_BYTES)).on_done(settled)
 
     def _send(self, ticket: Ticket, payload: Payload, bring: bool = False) -> Pending[Delivery]:
         fields = ticket.result(self.site_name, payload.body)

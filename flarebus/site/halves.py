@@ -14,8 +14,8 @@ from flarebus.cell import Cell
 from flarebus.delivery import Delivery
 from flarebus.errors import DecodeError, FlarebusError
 from flarebus.job.executor_ref import ExecutorRef
-from flarebus.message import Buffer
 from flarebus.site.call import SiteCall
+from flarebus.site.engine import SharedModel
 from flarebus.site.job import HostedJob, JobFacts
 from flarebus.site.ticket import Ticket
 from flarebus.site.turn import Turn, Turnstile
@@ -87,7 +87,7 @@ class SiteHalves:
         """Whether a task of this name is not for the script of `site`."""
         return self._half_for(site, task) is not None
 
-    def call(self, site: str, ticket: Ticket, fields: Mapping[str, Any], buffers: Sequence[Buffer]) -> None:
+    def call(self, site: str, ticket: Ticket, fields: Mapping[str, Any], model: SharedModel) -> None:
         """Give a task, whose arrays are here, to the half of `site` that takes it.
 
         Raises:
@@ -95,7 +95,7 @@ class SiteHalves:
         """
         job = self._half_for(site, fields["task"])
         assert job is not None
-        job.call(SiteCall(self._cell, site, ticket, fields, buffers, self._pool, self._filters[site]))
+        job.call(SiteCall(self._cell, site, ticket, fields, model.take(), self._pool, self._filters[site]))
 
     def cancel(self, site: str, key: tuple[str, int]) -> None:
         """The task whose ticket has `key` is not wanted any more: if no half of `site` has begun it, none will."""

@@ -246,7 +246,7 @@ class SiteHost:
             delivery.fail(UsageError(f"{delivery.source} may not give tasks to sites of this job"))
             return
         if not ticket.owner:
-            self._results.credit.grant(task.get("credit", 0))
+            self._results.credit.grant(ticket.credit)
         name, round = task["task"], task["round"]
         to_halves = [site for site in sites if self._halves.takes(site, name)]
         to_scripts = [site for site in sites if site in self._engines and site not in to_halves]
@@ -277,11 +277,9 @@ class SiteHost:
         buffers: Pending[Sequence[Buffer]],
     ) -> None:
         try:
-            # First, for they copy: the last of the scripts gets these very arrays.
+            model = SharedModel(task["model"], buffers.result(), len(to_scripts) + len(to_halves))
             for site in to_halves:
-                self._halves.call(site, ticket, task, buffers.result())
-            if to_scripts:
-                model = SharedModel(task["model"], buffers.result(), len(to_scripts))
+                self._halves.call(site, ticket, task, model)
         except FlarebusError as error:
             delivery.fail(error)
             return

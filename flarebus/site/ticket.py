@@ -23,6 +23,8 @@ class Ticket:
         readers: addresses whose cells may fetch the answer, for it may be passed on or asked for again: the site keeps
             it, and its script does not wait. Empty: the target alone fetches it, at once.
         stays: it is not fetched now: the site keeps it until it is released, and nobody waits for that meanwhile.
+        credit: bytes of arrays that may come with answers before anybody has asked for them: with this one if it is
+            kept, else with all of its host.
         resumes: an answer to the task of this name and round that another one was given, or will be, is this answer.
     """
 
@@ -31,6 +33,7 @@ class Ticket:
     owner: str = ""
     readers: tuple[str, ...] = ()
     stays: bool = False
+    credit: int = 0
     resumes: bool = False
 
     @classmethod
@@ -43,8 +46,11 @@ class Ticket:
         number, owner, readers = fields["number"], fields["owner"], fields.get("readers", ())
         if type(number) is not int or type(owner) is not str or not all(type(each) is str for each in readers):
             raise TypeError("a task without a number or an owner")
+        credit = fields.get("credit", 0)
+        if type(credit) is not int:
+            raise TypeError("a credit that is no number of bytes")
         stays, resumes = bool(fields.get("stays", False)), bool(fields.get("resumes", False))
-        return cls(source, number, owner, tuple(readers), stays, resumes)
+        return cls(source, number, owner, tuple(readers), stays, credit, resumes)
 
     @property
     def key(self) -> tuple[str, int]:

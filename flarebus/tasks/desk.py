@@ -33,6 +33,7 @@ from flarebus.tasks.open_task import Arrived, OpenTask, named, results_in
 from flarebus.tasks.parcels import Packer
 from flarebus.tasks.roster import Roster
 from flarebus.tasks.tally import Tally
+from flarebus.wire import MAX_CARRIED_BYTES
 from flarebus.workflow.controller import Result, Task
 
 __all__ = ["STAGED_BYTES", "Desk", "DeskOwner"]
@@ -198,7 +199,9 @@ class Desk:
         """Where to put a result that comes now; None: nowhere yet, or never."""
         open_task = self._open
         room = STAGED_BYTES - self._pool.leased_bytes
-        if open_task is None or not open_task.fetch or open_task.most_staged is not None:
+        if open_task is None or not open_task.fetch:
+            return None
+        if open_task.most_staged is not None and nbytes > MAX_CARRIED_BYTES:
             return None  # how many are fetched is counted on the other thread
         return self._pool if nbytes <= min(room, _most_bytes(open_task)) else None
 
@@ -273,7 +276,6 @@ class Desk:
         """Send the open task to the hosts of `sites`, one message for each parcel, whatever the number of sites."""
         open_task = self._open
         assert open_task is not None
-        n_hosts = len(self._roster.hosts)
         wanted = set(sites)
         for parcel in open_task.parcels:
             its = [site for site in parcel.sites if site in wanted]
@@ -285,14 +287,20 @@ class Desk:
                     "owner": self._site,
                     "sites": its_sites,
                     "resumes": open_task.resumes,
-                    # Bytes of results that it may send along with their messages, before they are answered.
-                    "credit": STAGED_BYTES // n_hosts if open_task.fetch and not self._site else 0,
+                    "credit": self._credit(open_task),
                 }
                 bring = parcel.payload.nbytes <= self._roster.takes(host)
                 sent = self._cell.request(host, "task", "assign", value, payload=parcel.payload, bring=bring)
                 sent.on_done(partial(self._note_assigned, host, its_sites, open_task))
             # Last: what is said to their hosts goes a longer way.
             self._packer.send_ahead(parcel, its)
+
+    def _credit(self, open_task: OpenTask) -> int:
+        """Bytes of results that a host may send along with their messages before they are answered: all those of a host
+        together, or, if a site gave the task and they are kept, each one."""
+        if not open_task.fetch:
+            return 0
+        return STAGED_BYTES // (len(open_task.targets) if self._site else len(self._roster.hosts))
 
     def _note_assigned(self, host: str, sites: Sequence[str], open_task: OpenTask, done: Pending[Delivery]) -> None:
         if done.error() is not None:

@@ -135,7 +135,7 @@ class OpenTask:
         targets: the sites of all parcels, sorted.
         in_order: use results in the order of `targets`.
         fetch: whether results are fetched; otherwise they stay with their makers.
-        most_staged: results fetched at once; None leaves it to their bytes.
+        most_staged: results of more than 1 MiB fetched at once; None leaves it to their bytes.
         staging_timeout_s: seconds that a result may wait for that; None for no limit.
         resumes: sites give what they answered to somebody else before.
         on_failed: told site and reason of each that fails.
@@ -165,7 +165,7 @@ class OpenTask:
         self.resumes = resumes
         self.is_closing = False
         self.was_cancelled = False
-        self.nbytes = max((each.payload.nbytes + len(each.payload.body) for each in parcels), default=0)
+        self.nbytes = max((_nbytes(each) for each in parcels), default=0)
         self.most_staged = most_staged
         self._staging_timeout_s = staging_timeout_s
         self._on_failed = on_failed
@@ -287,6 +287,10 @@ class OpenTask:
             elif site in self.tally.open and not self.is_closing:
                 return
             self._lined += 1
+
+
+def _nbytes(parcel: Parcel) -> int:
+    return max(parcel.payload.nbytes + len(parcel.payload.body), parcel.task.asks_nbytes)
 
 
 def results_in(delivery: Delivery, tell: Callable[[str, str, int, str], None]) -> list[tuple[int, Arrived]]:

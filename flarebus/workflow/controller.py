@@ -33,6 +33,8 @@ class Task:
         total_rounds: rounds of the job; reaches the script.
         meta: small extra data for the script.
         beside: plain values that go beside the parameters, into `params`, and are part of no model.
+        asks_nbytes: bytes of arrays that it asks for, if they are more than those of `model`: an answer that is many
+            times as big is refused.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Task:
     total_rounds: int | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
     beside: Mapping[str, Any] = field(default_factory=dict)
+    asks_nbytes: int = 0
 
 
 class Result:
@@ -145,7 +148,7 @@ class TaskGiver(Protocol):
             newcomers: sites that join meanwhile get the task as well; then it has no end of its own but `timeout`,
                 the wait for others, `cancel` or leaving the loop. One task for all.
             fetch: False leaves the arrays with the sites, for passing on: see `Result.held`.
-            most_staged: results fetched at once; None leaves it to their bytes.
+            most_staged: results of more than 1 MiB fetched at once; None leaves it to their bytes.
             staging_timeout: seconds that a result may wait to be fetched while others are; then it does not count, and
                 its site is told. None for no limit.
             on_failed: told the site and the reason, on the controller's thread, when a site will give no usable

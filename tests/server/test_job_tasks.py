@@ -271,12 +271,13 @@ def test_what_cannot_be_read_without_its_arrays_is_not_held(bus: Bus, hosts: dic
 
 @pytest.mark.parametrize("most", [1, 2])
 def test_no_more_are_fetched_at_once_than_was_said(bus: Bus, most: int) -> None:
-    """`most_staged` bounds the results that are fetched and not yet used, the one in use left out."""
+    """`most_staged` bounds the results that are fetched and not yet used, the one in use left out; small ones, which
+    come along with their messages, do not count."""
     host = bus.host("worker-1", *"abcd")
     seen: list[int] = []
 
     def run() -> None:
-        for _ in bus.job.broadcast(task(0, BIG), most_staged=most):
+        for _ in bus.job.broadcast(task(0, 4 * BIG), most_staged=most):
             bus.job._agenda.take_waiting()
             open_task = bus.job._desk._open
             assert open_task is not None
@@ -284,7 +285,7 @@ def test_no_more_are_fetched_at_once_than_was_said(bus: Bus, most: int) -> None:
 
     running = bus.start(run)
     number = host.take().number
-    sent = [host.send(site, number, update(1, BIG)) for site in "abcd"]
+    sent = [host.send(site, number, update(1, 4 * BIG)) for site in "abcd"]
     assert [told(each) for each in sent] == [(True, "")] * 4
     running.result(LIMIT_S)
 

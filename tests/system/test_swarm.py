@@ -174,7 +174,7 @@ def test_a_trainer_killed_while_its_result_is_fetched_leaves_its_place(observed:
     observed.start(
         script(DIES_WHILE_FETCHED),
         SITES[:3],
-        size=500_000,
+        size=5_000_000,  # above all that goes without asking for it
         kind=SwarmRecipe,
         env={"num_threads": 3},
         num_rounds=3,
