@@ -15,14 +15,7 @@ __all__ = ["bench"]
 _json = click.option("--json", "as_json", is_flag=True, help="One JSON line instead of a list.")
 _curve = click.option("--curve", is_flag=True, help="Encrypted TCP connections.")
 
-
-@click.group()
-def bench() -> None:
-    """Measure flarebus on this machine."""
-
-
-@bench.command("round")
-@click.option(
+_mb = click.option(
     "--mb",
     type=click.FloatRange(min=0, min_open=True),
     default=1.0,
@@ -30,7 +23,7 @@ def bench() -> None:
     metavar="M",
     help="Size of the model in MB (10**6 bytes).",
 )
-@click.option(
+_layers = click.option(
     "--layers",
     type=click.IntRange(min=1),
     default=8,
@@ -38,10 +31,21 @@ def bench() -> None:
     metavar="L",
     help="Number of equal float32 arrays in it.",
 )
-@click.option("--clients", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="Sites.")
-@click.option(
+_threads = click.option(
     "--threads", type=click.IntRange(min=1), metavar="T", help="Sites that compute at once. Default: one per processor."
 )
+
+
+@click.group()
+def bench() -> None:
+    """Measure flarebus on this machine."""
+
+
+@bench.command("round")
+@_mb
+@_layers
+@click.option("--clients", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="Sites.")
+@_threads
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, metavar="R", help="Rounds.")
 @click.option("--env", type=click.Choice(["sim"]), default="sim", show_default=True, help="Where it runs.")
 @_curve
@@ -59,10 +63,26 @@ def _round(*, env: str, external: bool, pipe: str | None, as_json: bool, **setti
         raise UsageError("--pipe: belongs to --external")
     from flarebus.cli.bench_round import RoundBench
 
-    figures = RoundBench(**settings, external=external, pipe=pipe or "cell").run()
-    _print(figures, as_json)
-    if figures["final_value"] != settings["rounds"]:
-        raise click.ClickException(f"final weights are {figures['final_value']}, not {settings['rounds']}")
+    _report_rounds(RoundBench(**settings, external=external, pipe=pipe or "cell").run(), as_json)
+    return 0
+
+
+@bench.command("swarm")
+@_mb
+@_layers
+@click.option("--clients", type=click.IntRange(min=1), default=4, show_default=True, metavar="N", help="Sites.")
+@_threads
+@click.option("--rounds", type=click.IntRange(min=1), default=10, show_default=True, metavar="R", help="Rounds.")
+@click.option("--external", is_flag=True, help="Training scripts in processes of their own.")
+@_json
+def _swarm(*, as_json: bool, **settings: Any) -> int:
+    """Rounds of swarm learning, in which sites average by turns; otherwise as `bench round`.
+
+    A round reaches from one site's taking the lead to the next one's, as the server hears of it.
+    """  # fmt: skip
+    from flarebus.cli.bench_round import RoundBench
+
+    _report_rounds(RoundBench(**settings, swarm=True).run(), as_json)
     return 0
 
 
@@ -182,6 +202,12 @@ def _import(*, runs: int, as_json: bool) -> int:
 
     _print(run(runs), as_json)
     return 0
+
+
+def _report_rounds(figures: Mapping[str, Any], as_json: bool) -> None:
+    _print(figures, as_json)
+    if figures["final_value"] != figures["rounds"]:
+        raise click.ClickException(f"final weights are {figures['final_value']}, not {figures['rounds']}")
 
 
 def _print(figures: Mapping[str, Any], as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""FedAvg rounds with a trivial script: how long they take and what memory they need."""
+"""Rounds of FedAvg or of a swarm with a trivial script: how long they take and what memory they need."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ class RoundBench:
         offload: incoming results in files.
         external: each site's script in a process of its own.
         pipe: name or class path of the pipe to it; only with `external`.
+        swarm: sites average by turns, instead of the server.
     """
 
     mb: float
@@ -51,10 +52,11 @@ class RoundBench:
     clients: int
     threads: int | None
     rounds: int
-    curve: bool
-    offload: bool
+    curve: bool = False
+    offload: bool = False
     external: bool = False
     pipe: str = "cell"
+    swarm: bool = False
 
     def run(self) -> dict[str, Any]:
         """Run the job in a folder of its own, which is removed, and return the figures.
@@ -67,20 +69,19 @@ class RoundBench:
         began = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="flarebus-bench-") as folder:
             with Peaks() as peaks:
-                clock = _RoundClock(on_first=peaks.mark_idle)
+                clock = (_SwarmClock if self.swarm else _RoundClock)(on_first=peaks.mark_idle)
                 run_dir, threads = self._run_job(Path(folder), clock)
             total_s = time.perf_counter() - began
             final = _final_value(run_dir / "server" / "models" / "FL_global_model.safetensors")
         lengths = clock.lengths()
         return {
-            "bench": "round",
+            "bench": "swarm" if self.swarm else "round",
             "mb": self.mb,
             "layers": self.layers,
             "clients": self.clients,
             "threads": threads,
             "rounds": self.rounds,
-            "curve": self.curve,
-            "offload": self.offload,
+            **({} if self.swarm else {"curve": self.curve, "offload": self.offload}),
             "external": self.external,
             **({"pipe": self.pipe} if self.external else {}),
             "round_s_median": round(statistics.median(lengths[1:] or lengths), 5),
@@ -94,13 +95,14 @@ class RoundBench:
     def _run_job(self, folder: Path, clock: _RoundClock) -> tuple[Path, int]:
         import numpy as np
 
-        from flarebus.recipe import FedAvgRecipe, FrameworkType, SimEnv
+        from flarebus.recipe import FedAvgRecipe, FrameworkType, SimEnv, SwarmRecipe
 
         script = folder / "job" / "client.py"
         script.parent.mkdir()
         script.write_text(_SCRIPT, encoding="utf-8")
         size = max(1, int(self.mb * 1e6 / 4 / self.layers))
-        recipe = FedAvgRecipe(
+        own: dict[str, Any] = {"enable_tensor_disk_offload": True} if self.offload else {}
+        recipe = (SwarmRecipe if self.swarm else FedAvgRecipe)(
             name="bench",
             # Zeros take no memory until somebody writes to them.
             model={f"layer{index}": np.zeros(size, np.float32) for index in range(self.layers)},
@@ -108,8 +110,8 @@ class RoundBench:
             min_clients=self.clients,
             num_rounds=self.rounds,
             train_script=str(script),
-            enable_tensor_disk_offload=self.offload,
             launch_external_process=self.external,
+            **own,
         )
         if self.external:
             recipe.add_client_config({"pipe": self.pipe})
@@ -134,16 +136,29 @@ class _RoundClock:
 
     def on_event(self, event: str, _fields: dict[str, Any]) -> None:
         if event == "round_started":
-            if not self._starts and self._on_first is not None:
-                self._on_first()
-            self._starts.append(self._clock())
+            self._begin()
         elif event == "round_committed":
             self._committed = self._clock()
+
+    def _begin(self) -> None:
+        if not self._starts and self._on_first is not None:
+            self._on_first()
+        self._starts.append(self._clock())
 
     def lengths(self) -> list[float]:
         """Seconds from each round's start to the next one's; the last one's to its commit."""
         ends = [*self._starts[1:], self._committed]
         return [end - start for start, end in zip(self._starts, ends, strict=True)]
+
+
+class _SwarmClock(_RoundClock):
+    """The same, as the server hears of it: a round begins when a site leads it."""
+
+    def on_event(self, event: str, fields: dict[str, Any]) -> None:
+        if event == "site_report" and fields["what"] == "swarm_leads":
+            self._begin()
+        elif event == "round_committed":
+            super().on_event(event, fields)
 
 
 def _final_value(model_file: Path) -> float | None:

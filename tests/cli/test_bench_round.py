@@ -48,3 +48,15 @@ def test_a_small_one(capsys: pytest.CaptureFixture[str], option: str | None) -> 
     assert figures["round_s_median"] == pytest.approx(np.median(figures["round_s_all"][1:]), abs=1e-5)
     assert {"server", "client", "worker-1", "worker-2"} <= set(figures["peak_mb"])
     assert figures["total_s"] > sum(figures["round_s_all"])
+
+
+def test_a_small_swarm(capsys: pytest.CaptureFixture[str]) -> None:
+    """The same for a swarm, as the server hears of it."""
+    argv = ["bench", "swarm", "--mb", "0.1", "--layers", "3", "--clients", "3", "--threads", "3", "--rounds", "4"]
+
+    assert main([*argv, "--json"]) == 0
+
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (figures["bench"], figures["final_value"], len(figures["round_s_all"])) == ("swarm", 4, 4)
+    assert all(length > 0 for length in figures["round_s_all"])
+    assert {"server", "client", "worker-1", "worker-2", "worker-3"} <= set(figures["peak_mb"])
