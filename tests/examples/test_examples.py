@@ -127,6 +127,21 @@ def test_trainers_of_other_libraries(name: str) -> None:
         assert "round 2: received accuracy 0." in (run_dir / site / "log.txt").read_text()
 
 
+@pytest.mark.slow
+def test_swarm_torch() -> None:
+    """Both commands of the README complete; the swarm is as accurate as federated averaging, and every site has it."""
+    swarm, fedavg = commands(EXAMPLES / "swarm_torch" / "README.md")
+    run_dir, output = run("swarm_torch", swarm)
+    _, averaged = run("swarm_torch", fedavg)
+
+    assert said("accuracy", output) == pytest.approx(said("accuracy", averaged), abs=0.02)
+    assert said("accuracy", output) > 0.85
+    assert len(rounds(run_dir)) == 6
+    for owner in ("server", "site-1", "site-2", "site-3"):
+        files = {path.name for path in (run_dir / owner / "models").glob("*.pt")}
+        assert files == {"FL_global_model.pt", "best_FL_global_model.pt"}
+
+
 @pytest.mark.parametrize(("number", "has_histogram"), [(0, True), (1, False)], ids=["plain", "too many bins"])
 def test_federated_statistics(number: int, has_histogram: bool) -> None:
     """The means are those of all irises; a histogram with too many bins is left out, and why is told."""
@@ -183,4 +198,5 @@ def test_every_example_is_run() -> None:
         "hello_torch": 3,
         "sklearn_kmeans": 2,
         "sklearn_linear": 2,
+        "swarm_torch": 2,
     }
