@@ -223,8 +223,8 @@ class SwarmClientController(SiteController):
 
     def _gather(self, job: SiteJob, number: int, model: dict[str, Any], course: Course) -> Gatherer:
         trainers = self._among(job, self._settings["train_clients"])
-        params = {**model, **(self._settings["hyper_params"] or {})}
-        task = Task(self.learn_task_name, FLModel(params=params), number, self._settings["num_rounds"])
+        beside = self._settings["hyper_params"] or {}
+        task = Task(self.learn_task_name, FLModel(params=model), number, self._settings["num_rounds"], beside=beside)
         gatherer = Gatherer(job, task, trainers, self._new_mean(model), self._rules(), course.resumes)
         gatherer.gather()
         return gatherer

@@ -16,6 +16,7 @@ from flarebus.model import FLModel
 from flarebus.workflow.controller import Report, Task
 from flarebus.workflow.filter import Filter, FilterTask
 from flarebus.workflow.held import HeldModel
+from tests.pipes.links import wait_until
 from tests.server.played import BIG, LIMIT_S, Bus, PlayedHost, a_job, task, told, update
 
 
@@ -475,3 +476,26 @@ def test_nothing_is_reported_where_no_site_steers(bus: Bus) -> None:
 
     with pytest.raises(UsageError, match="do not steer"):
         running.result(LIMIT_S)
+
+
+def test_a_result_waits_for_its_place_no_longer_than_was_said(bus: Bus) -> None:
+    """While another one is fetched for so long, it is dropped with a reason, and its site is told."""
+    slow, host = bus.host("worker-1", "a"), bus.host("worker-2", "b")
+    slow.mute()
+    running = bus.start(lambda: list(bus.job.broadcast(task(0, 4 * BIG), most_staged=1, staging_timeout=5.0)))
+    number = slow.take().number
+    assert host.take().number == number
+    stuck = slow.send("a", number, update(1, 4 * BIG))
+    slow_arrived = lambda: bus.job._desk._open is not None and bus.job._desk._open.is_staging  # noqa: E731
+    wait_until(slow_arrived, "the first is being fetched")
+    waiting = host.send("b", number, update(1, 4 * BIG))
+    wait_until(lambda: bus.job._desk._open is not None and "b" in bus.job._desk._open.arrived, "the second is here")
+    bus.pass_time(4.0)
+    assert not waiting.is_done
+    bus.pass_time(2.0)
+
+    accepted, reason = told(waiting)
+    assert not accepted
+    assert "was not waited for" in reason
+    assert not stuck.is_done
+    assert not running.done()

@@ -26,6 +26,7 @@ from flarebus.router import Router
 from flarebus.site.engine import SharedModel, SiteEngine
 from flarebus.site.outbox import ResultOutbox
 from flarebus.site.ticket import Ticket
+from flarebus.slab import SlabPool
 
 LIMIT_S = 30.0
 BIG = 100_000
@@ -493,3 +494,110 @@ def test_records_carry_site_and_round(server: Server) -> None:
         ("site-1", None, "lr", None),
         ("site-1", 3, "loss", 7),
     ]
+
+
+# --- tasks that another site takes over
+
+
+def kept_by(server: Server, number: int, owner: str = "site-2", target: str = "server", **how: Any) -> Ticket:
+    """The ticket of a task whose answer is kept."""
+    return Ticket(target, number, owner, ("server", "host"), **how)
+
+
+def assign_kept(server: Server, ticket: Ticket, round: int = 1) -> None:
+    model = shared(1)[0]
+    server.engine.assign(Assignment("a", "train", round, 9, model.take), model, ticket)
+
+
+def answered(server: Server, size: int = BIG) -> dict[str, Any]:
+    """Let the script take its task and answer, and then use its arrays for something else."""
+    task = server.engine.next_task(LIMIT_S)
+    assert task is not None
+    result = answer(size)
+    assert server.engine.answer(task, result) is None
+    weights(result)[:] = -1
+    return fetched(server)
+
+
+def fetched(server: Server, size: int = BIG) -> dict[str, Any]:
+    """The next result; its arrays are those that were answered."""
+    delivery = server.results.get(timeout=LIMIT_S)
+    fields: dict[str, Any] = delivery.plain()
+    model = decode(fields["model"], delivery.pull().result(LIMIT_S))
+    assert weights(model).tolist() == [1.0] * size
+    delivery.reply({"accepted": True, "reason": ""})
+    return fields
+
+
+@pytest.mark.parametrize("when", ["waiting", "open", "answered"])
+def test_whoever_takes_a_round_over_gets_the_answer_to_it(server: Server, when: str) -> None:
+    """Whether the script has begun, or answered to somebody else; it works once."""
+    assign_kept(server, kept_by(server, 7))
+    taken = server.engine.next_task(0) if when == "open" else None
+    if when == "answered":
+        assert answered(server)["number"] == 7
+
+    assert server.engine.resume("train", 1, kept_by(server, 3, "site-3"))
+
+    if taken is not None:
+        server.engine.answer(taken, answer(BIG))
+    found = fetched(server) if when != "waiting" else answered(server)
+    assert (found["number"], found["owner"]) == (3, "site-3")
+    assert server.engine.next_task(0) is None
+
+
+def test_there_is_nothing_to_take_over_of_another_round(server: Server) -> None:
+    """Neither of another task; and an answer is kept until the next one only."""
+    assert not server.engine.resume("train", 1, kept_by(server, 3))
+    assign_kept(server, kept_by(server, 7))
+    answered(server)
+    assert not server.engine.resume("train", 2, kept_by(server, 3))
+    assert not server.engine.resume("validate", 1, kept_by(server, 3))
+    assign_kept(server, kept_by(server, 8), round=2)
+    answered(server)
+
+    assert not server.engine.resume("train", 1, kept_by(server, 3))
+    assert server.engine.resume("train", 2, kept_by(server, 3))
+    fetched(server)
+
+
+def test_what_the_old_owner_calls_off_the_new_one_still_wants(server: Server) -> None:
+    """A task belongs to whoever took it over."""
+    assign_kept(server, kept_by(server, 7))
+    server.engine.resume("train", 1, kept_by(server, 3, "site-3"))
+    server.engine.cancel(("site-2", 7))
+
+    assert answered(server)["owner"] == "site-3"
+
+
+@pytest.mark.parametrize("credit", [0, 4 * BIG - 1, 4 * BIG])
+def test_a_kept_answer_comes_along_as_far_as_its_credit_goes(server: Server, credit: int) -> None:
+    """Without enough of it, it is announced and fetched."""
+    pool = SlabPool()
+    server.cell.inbox("task", "result", server.results.put, room=lambda _: pool)
+    assign_kept(server, kept_by(server, 7, credit=credit))
+    task = server.engine.next_task(0)
+    assert task is not None
+    server.engine.answer(task, answer(BIG))
+    delivery = server.results.get(timeout=LIMIT_S)
+
+    assert delivery.is_here == (credit == 4 * BIG)
+    assert delivery.nbytes == 4 * BIG
+    delivery.reply({"accepted": True, "reason": ""})
+
+
+def test_an_answer_to_its_own_site_takes_no_way_through_the_router(server: Server) -> None:
+    """A leader's own result moves within its cell."""
+    came: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+    server.host.inbox("task", "result", came.put)
+    assign_kept(server, kept_by(server, 7, "site-1", target="host"))
+    task = server.engine.next_task(0)
+    assert task is not None
+    before = server.router.statistics()
+    server.engine.answer(task, answer(BIG))
+    delivery = came.get(timeout=LIMIT_S)
+    assert weights(decode(delivery.plain()["model"], delivery.pull().result(LIMIT_S))).tolist() == [1.0] * BIG
+    delivery.reply({"accepted": True, "reason": ""})
+    server.settled()
+
+    assert server.router.statistics() == before
