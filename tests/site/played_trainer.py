@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +174,8 @@ class PlayedSite:
 
     def _assign(self, delivery: Delivery) -> None:
         fields = delivery.plain()
-        about = {"name": fields["task"], "round": fields["number"], "total_rounds": 9}
-        ticket = Ticket(delivery.source, fields["number"], "", tuple(fields["readers"]), bool(fields["readers"]))
-        self.site.assign(Work(ticket, about, fields["model"], delivery))
+        about = {"name": fields["task"], "round": fields["round"], "total_rounds": 9}
+        self.site.assign(Work(Ticket.of(fields, delivery.source), about, fields["model"], delivery))
         delivery.reply()
 
     # -- what the test does
@@ -185,13 +184,17 @@ class PlayedSite:
         """The next process that was started."""
         return self.launched.get(timeout=LIMIT_S)
 
-    def give(self, number: int, value: float = 0.0, size: int = BIG, readers: Sequence[str] = ()) -> Payload:
-        """The server hands a task out; the site has been told when this returns. The answer stays for `readers`."""
+    def give(
+        self, number: int, value: float = 0.0, size: int = BIG, giver: Cell | None = None, **ticket: Any
+    ) -> Payload:
+        """The server, or `giver`, hands a task out with such a ticket; the site has been told when this returns."""
         model = FLModel(params={"w": np.full(size, value, np.float32)}, meta={"from": "server"})
-        payload = self.server.share(model, ["worker-1.job", "site-1.job"])
-        fields = {"number": number, "task": "train", "model": payload.body, "readers": list(readers)}
-        self.server.request("worker-1.job", "task", "assign", fields, payload=payload).result(LIMIT_S)
-        self._payloads.append(payload)
+        cell = giver or self.server
+        payload = cell.share(model, ["worker-1.job", "site-1.job"])
+        fields = {"number": number, "round": number, "owner": "", "task": "train", "model": payload.body, **ticket}
+        cell.request("worker-1.job", "task", "assign", fields, payload=payload).result(LIMIT_S)
+        if giver is None:
+            self._payloads.append(payload)
         return payload
 
     def result(self) -> Delivery:

@@ -112,7 +112,7 @@ def test_a_trainer_that_comes_with_its_task_gets_it_once(play: Play) -> None:
 def test_a_result_that_stays_rests_with_the_site(play: Play, pipe: str, launch_once: bool) -> None:
     """Its trainer goes on or leaves; whoever may fetch it does so later, until it is released."""
     site = play(pipe=pipe, launch_once=launch_once)
-    site.give(1, readers=["server.job"])
+    site.give(1, readers=["server.job"], stays=True)
     process = site.launch()
     engine = process.init()
     task, _ = take(engine)
@@ -833,3 +833,47 @@ def test_fifty_lives_leave_no_thread(play: Play, pipe: str) -> None:
         counts.append(threading.active_count())
 
     assert max(counts[40:]) <= max(counts[:10]), counts
+
+
+# --- rounds that another site takes over
+
+
+READERS = ["server.job", "worker-2.job"]
+
+
+@pytest.mark.parametrize("has_answered", [False, True])
+def test_whoever_takes_a_round_over_gets_what_the_trainer_made(play: Play, has_answered: bool) -> None:
+    """Whoever gave the task dies, before or after the trainer has answered; it trains once."""
+    site = play()
+    leader = site.bus.attach("worker-2.job")
+    leader.inbox("task", "result", lambda delivery: None)
+    engine = site.launch().init()
+    site.give(4, 1.0, giver=leader, owner="site-2", readers=READERS)
+    task, found = take(engine)
+    leader.close()
+    sending = send(engine, task, 5.0, BIG) if has_answered else None
+    if has_answered:
+        wait_until(lambda: site.site._work is not None and site.site._work.unsent is not None, "it is not taken")
+
+    site.give(9, 2.0, round=4, owner="site-3", readers=READERS, resumes=True)
+    if sending is None:
+        site.settle()
+        sending = send(engine, task, 5.0, BIG)
+    result = site.result()
+    assert (result.plain()["number"], result.plain()["owner"]) == (9, "site-3")
+    assert model_of(site.accept(result)) == [5.0] * 2
+    sending.result()
+    assert found == [1.0, 1.0]
+    assert engine.next_task(0.05) is None
+
+
+def test_a_task_of_another_round_is_not_taken_for_the_open_one(play: Play) -> None:
+    """It replaces it."""
+    site = play()
+    engine = site.launch().init()
+    site.give(4, 1.0, owner="site-2", readers=READERS)
+    take(engine)
+    site.give(9, 2.0, round=5, owner="site-3", readers=READERS, resumes=True)
+    site.settle()
+
+    assert engine.next_task(LIMIT_S) is not None
