@@ -281,11 +281,12 @@ class _Siblings:
 
     def _find(self, folder: str) -> list[str]:
         tops: dict[str, bool] = {}
-        for name in list(sys.modules):
+        names = list(sys.modules)  # a thread of the host, such as a tracker's, may import something meanwhile
+        for name in names:
             top = name.partition(".")[0]
             if top not in tops:
                 tops[top] = top not in self._before and _lies_in(sys.modules.get(top), folder)
-        return [name for name in sys.modules if tops.get(name.partition(".")[0], False)]
+        return [name for name in names if tops.get(name.partition(".")[0], False)]
 
 
 def _lies_in(module: ModuleType | None, folder: str) -> bool:
