@@ -64,7 +64,7 @@ class Cyclic(Controller):
         exclude_vars: str | None = None,
         key_metric: str = "accuracy",
         key_metric_mode: str | None = None,
-        memory_gc_rounds: int = 1,
+        memory_gc_rounds: int = 0,
         hyper_params: Mapping[str, Any] | None = None,
     ) -> None:
         self.num_rounds = num_rounds

@@ -78,7 +78,7 @@ class CyclicRecipe(FedAvgRecipe):
         allow_early_termination: bool = False,
         min_clients: int = 2,
         name: str = "cyclic",
-        server_memory_gc_rounds: int = 1,
+        server_memory_gc_rounds: int = 0,
         **fedavg: Any,
     ) -> None:
         for parameter, neutral in _WITHOUT.items():

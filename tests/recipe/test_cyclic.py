@@ -33,7 +33,7 @@ def test_the_workflow_takes_the_settings(basic):
     assert job.workflow == job.name == "cyclic"
     assert {name: job.workflow_settings[name] for name in OWN} == OWN
     assert (workflow.num_rounds, workflow.min_clients, workflow.order) == (7, 2, Order.FIXED)
-    assert (workflow.memory_gc_rounds, workflow.task_assignment_timeout) == (1, 10.0)
+    assert (workflow.memory_gc_rounds, workflow.task_assignment_timeout) == (0, 10.0)
     assert not job.workflow_settings.keys() & {"aggregator", "clients_per_round", "deterministic"}
 
 
