@@ -4,6 +4,7 @@
     ├── UsageError                you: a wrong argument, a wrong order of calls
     │   ├── ConfigError           a parameter, with its value and what is allowed   (ValueError)
     │   ├── ClientApiError        a Client API call out of order                     (RuntimeError)
+    │   ├── AddedAlready          something of which a recipe can have one           (RuntimeError)
     │   ├── FilterFailed          a filter of the job raised; its data stays put     (RuntimeError)
     │   └── EncodeError           a value that may not travel, with the path to it   (TypeError)
     ├── PeerError                 they: the other end did wrong or failed

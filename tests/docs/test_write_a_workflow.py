@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from flarebus.recipe import WorkflowRecipe
-from flarebus.workflow.controller import Job
+from flarebus.workflow.controller import Job, TaskGiver
 from tests.docs.pages import ROOT, blocks, is_excerpt
 
 PAGE = "write-a-workflow.md"
@@ -59,5 +59,5 @@ def test_all_that_a_controller_may_call_is_explained() -> None:
     table = text.partition("| `job` |")[2].partition("\n\n")[0]
     first_cells = " ".join(line.split("|")[1] for line in table.splitlines()[1:] if "|" in line)
 
-    public = {name for name in vars(Job) if not name.startswith("_")}
+    public = {name for kind in (TaskGiver, Job) for name in vars(kind) if not name.startswith("_")}
     assert set(re.findall(r"`(\w+)", first_cells)) == public
