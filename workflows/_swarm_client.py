@@ -23,7 +23,7 @@ from flarebus.workflow.custom import CustomMean
 from flarebus.workflow.mean import WeightedMean
 from flarebus.workflow.selection import BestModelSelector
 from flarebus.workflow.site_controller import Call, SiteController, SiteJob
-from workflows._swarm_gatherer import Gatherer, GatherRules
+from workflows._swarm_gatherer import Gatherer, MetricComparator
 from workflows._swarm_parameters import check_swarm_parameters
 from workflows._swarm_words import (
     CONFIGURE,
@@ -38,20 +38,12 @@ from workflows._swarm_words import (
     Course,
 )
 
-__all__ = ["MetricComparator", "SwarmClientController"]
+__all__ = ["SwarmClientController"]
 
 log = logging.getLogger(__name__)
 
 # What only the leader of the latest term may ask for.
 _OF_LEADERS = (LEAD, KEEP_LAST, KEEP_BEST, SPREAD_BEST)
-
-
-class MetricComparator:
-    """Compares two values of the key metric; what `metric_comparator_id` names has this method."""
-
-    def compare(self, a: float, b: float) -> float:
-        """Above 0 if `a` is better than `b`, below 0 if it is worse."""
-        return a - b
 
 
 class SwarmClientController(SiteController):
@@ -225,15 +217,31 @@ class SwarmClientController(SiteController):
         trainers = self._among(job, self._settings["train_clients"])
         beside = self._settings["hyper_params"] or {}
         task = Task(self.learn_task_name, FLModel(params=model), number, self._settings["num_rounds"], beside=beside)
-        gatherer = Gatherer(job, task, trainers, self._new_mean(model), self._rules(), course.resumes)
-        gatherer.gather()
+        gatherer = Gatherer(
+            task,
+            number,
+            job,
+            self._new_mean(model),
+            self._comparator or self._new_comparator(),
+            job.sites,
+            trainers,
+            self.min_responses_required,
+            self.wait_time_after_min_resps_received,
+            self.learn_task_timeout,
+            self.max_concurrent_submissions,
+            request_to_submit_result_max_wait=self.request_to_submit_result_max_wait,
+            aggregation_weights=self._settings["aggregation_weights"],
+            in_order=self._settings["deterministic"],
+            resumes=course.resumes,
+        )
+        gatherer.run()
         return gatherer
 
     def _aggregate(
         self, job: SiteJob, gatherer: Gatherer, model: dict[str, Any], course: Course
     ) -> tuple[dict[str, Any], Course]:
-        number = gatherer.task.round
-        course = replace(self._judged(job, model, gatherer.metrics, course), resumes=False)
+        number = gatherer.for_round
+        course = replace(self._judged(job, model, gatherer, course), resumes=False)
         job.fire("before_aggregation", round=number)
         model = gatherer.aggregate(model)
         job.fire("after_aggregation", round=number)
@@ -249,18 +257,10 @@ class SwarmClientController(SiteController):
         )
         return model, course
 
-    def _judged(self, job: SiteJob, model: dict[str, Any], metrics: Mapping[str, float], course: Course) -> Course:
-        """Keep the model that entered the round if these metrics, which are its, are the best so far."""
-        if not model:  # nobody received it
-            return course
-        selector = BestModelSelector(self._settings["key_metric"], self._settings["key_metric_mode"])
-        value = metrics.get(selector.key_metric)
-        if self._comparator is None:
-            selector.best = course.best
-            is_best = selector.is_best(metrics)
-        else:
-            is_best = value is not None and (course.best is None or self._comparator.compare(value, course.best) > 0)
-        if not is_best:
+    def _judged(self, job: SiteJob, model: dict[str, Any], gatherer: Gatherer, course: Course) -> Course:
+        """Keep the model that entered the round if its metrics are the best so far."""
+        value = gatherer.better(self._settings["key_metric"], course.best)
+        if value is None or not model:  # what nobody received was not judged
             return course
         job.shelf.keep_best(model)
         return replace(course, best=value, best_keeper=job.site)
@@ -328,16 +328,9 @@ class SwarmClientController(SiteController):
             return CustomMean(self._aggregator, model)
         return WeightedMean(model, self._settings["exclude_vars"])
 
-    def _rules(self) -> GatherRules:
-        return GatherRules(
-            self.min_responses_required,
-            self.wait_time_after_min_resps_received,
-            self.learn_task_timeout,
-            self.max_concurrent_submissions,
-            self.request_to_submit_result_max_wait,
-            self._settings["aggregation_weights"],
-            self._settings["deterministic"],
-        )
+    def _new_comparator(self) -> MetricComparator:
+        selector = BestModelSelector(self._settings["key_metric"], self._settings["key_metric_mode"])
+        return MetricComparator() if selector.mode == "max" else _Less()
 
 
 def leaders(settings: Mapping[str, Any], candidates: Sequence[str], number: int) -> list[str]:
@@ -351,6 +344,14 @@ def _taken(call: Call) -> dict[str, Any]:
     """The same, and nobody else keeps it: the leader's next models are on its shelf, not in memory."""
     params, call.model.params = _params_of(call), None
     return params
+
+
+class _Less(MetricComparator):
+    """Less is better."""
+
+    def compare(self, a: float, b: float) -> float:
+        """Above 0 if `a` is less than `b`."""
+        return b - a
 
 
 def _params_of(call: Call) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from flarebus.model import FLModel
 from flarebus.workflow.controller import Controller, Job, Report, Task
 from flarebus.workflow.held import HeldModel
 from flarebus.workflow.params import flatten
-from workflows._swarm_client import MetricComparator, SwarmClientController, leaders
-from workflows._swarm_gatherer import Gatherer
+from workflows._swarm_client import SwarmClientController, leaders
+from workflows._swarm_gatherer import Gatherer, MetricComparator
 from workflows._swarm_words import CONFIGURE, GIVE_BEST, GIVE_LAST, LEAD, SETTINGS, TERM, Course
 
 __all__ = ["Gatherer", "MetricComparator", "Swarm", "SwarmClientController"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -232,7 +233,8 @@ def test_all_but_one_site_lost(observed: ObservedRun, min_clients: int) -> None:
     else:
         assert ending == "failed"
         assert "1 sites are left, 2 are needed" in observed.reason
-        assert "site-2: its worker process was killed by SIGKILL, 3 times" in observed.reason
+        # Whichever of the two is given up first.
+        assert re.search(r"site-[23]: its worker process was killed by SIGKILL, 3 times", observed.reason)
 
 
 PROGRAM = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -11,12 +12,12 @@ import pytest
 
 from flarebus.errors import ConfigError, QuorumNotReached
 from flarebus.model import FLModel
-from flarebus.workflow.controller import Task
+from flarebus.workflow.controller import Result, Task
 from flarebus.workflow.mean import WeightedMean
 from flarebus.workflow.site_controller import SiteJob
 from tests.workflow.fake_job import FakeJob, update
 from workflows._swarm_client import leaders
-from workflows._swarm_gatherer import Gatherer, GatherRules
+from workflows._swarm_gatherer import Gatherer, MetricComparator
 from workflows._swarm_words import SETTINGS, Course
 from workflows.swarm import SwarmClientController
 
@@ -110,15 +111,21 @@ def test_sites_lead_by_turns() -> None:
 # --- gathering
 
 
-def gatherer(job: FakeJob, rules: GatherRules, resumes: bool = False) -> Gatherer:
-    task = Task("train", FLModel(params=ZEROS), 1, 3)
-    return Gatherer(cast(SiteJob, job), task, ["a", "b", "c"], WeightedMean(ZEROS, None), rules, resumes)
+def gatherer(
+    job: FakeJob, min_responses: int = 2, wait: float | None = None, timeout: float | None = None, **more: Any
+) -> Gatherer:
+    task, sites = Task("train", FLModel(params=ZEROS), 1, 3), ["a", "b", "c"]
+    mean, comparator = WeightedMean(ZEROS, None), MetricComparator()
+    return Gatherer(
+        task, 1, cast(SiteJob, job), mean, comparator, [*sites, "d"], sites, min_responses, wait, timeout, **more
+    )
 
 
 def test_a_round_is_asked_for_as_the_rules_say() -> None:
     """Each rule is one of the broadcast; more responses than trainers are not waited for."""
     job = FakeJob(lambda site, *_: update(1.0), ["a", "b", "c"])
-    gatherer(job, GatherRules(9, 1.0, 2.0, 3, 4.0, {}, True), resumes=True).gather()
+    more = {"max_concurrent_submissions": 3, "request_to_submit_result_max_wait": 4.0}
+    gatherer(job, 9, 1.0, 2.0, in_order=True, resumes=True, **more).run()
 
     (asked,) = job.rounds_done
     assert asked.sites == ["a", "b", "c"]
@@ -137,14 +144,14 @@ def test_bad_results_are_refused_and_others_count() -> None:
     """A shape that does not fit costs its site the round; weights of sites count."""
     answers = {"a": update(1.0), "b": update(5.0, size=4), "c": update(4.0)}
     job = FakeJob(lambda site, *_: answers[site], ["a", "b", "c"])
-    round_ = gatherer(job, GatherRules(2, aggregation_weights={"c": 2.0}, in_order=True))
+    round_ = gatherer(job, aggregation_weights={"c": 2.0}, in_order=True)
     assert not round_.is_done()
-    round_.gather()
+    round_.run()
 
     assert round_.is_done()
     assert round_.accepted == ["a", "c"]
     assert list(job.rounds_done[0].refused) == ["b"]
-    assert round_._mean.apply_to(ZEROS)["w"].tolist() == [3.0] * 3
+    assert round_._aggregator.apply_to(ZEROS)["w"].tolist() == [3.0] * 3
 
 
 def test_too_few_usable_results() -> None:
@@ -152,7 +159,52 @@ def test_too_few_usable_results() -> None:
     job = FakeJob(lambda site, *_: update(1.0) if site == "a" else None, ["a", "b", "c"])
 
     with pytest.raises(QuorumNotReached):
-        gatherer(job, GatherRules(2)).gather()
+        gatherer(job).run()
+
+
+@pytest.mark.parametrize(
+    ("site", "round", "reason"),
+    [
+        ("a", 1, ""),
+        ("x", 1, "no site of this swarm"),
+        ("d", 1, "does not train in round 1"),
+        ("a", 0, "a result of round 0, this is round 1"),
+        ("b", 1, "has submitted already"),
+    ],
+)
+def test_what_is_not_of_this_round_does_not_count(site: str, round: int, reason: str) -> None:
+    """Somebody else's result, one of another round, and a second one are refused, each with its reason."""
+    told: dict[str, str] = {}
+    round_ = gatherer(FakeJob(lambda *_: update(1.0), ["a", "b", "c"]))
+    round_.gather("b", Result("b", 1, update(1.0), told.__setitem__))
+    result = Result(site, round, update(1.0), told.__setitem__)
+
+    assert reason in round_.can_accept_submission(site, result)
+    round_.gather(site, result)
+    assert (site in told) == bool(reason)
+    assert round_.accepted == (["b"] if reason else ["b", "a"])
+
+
+@pytest.mark.parametrize(
+    ("value", "best", "found"),
+    [
+        (0.5, None, 0.5),
+        (0.5, 0.4, 0.5),
+        (0.5, 0.5, None),
+        (0.5, 0.6, None),
+        (float("nan"), None, None),
+        (None, None, None),
+    ],
+)
+def test_the_best_model_is_that_with_the_better_metric(
+    value: float | None, best: float | None, found: float | None
+) -> None:
+    """A missing or senseless value is never better."""
+    round_ = gatherer(FakeJob(lambda *_: update(1.0), ["a", "b", "c"]))
+    metrics = {} if value is None else {"accuracy": value}
+    round_._aggregator = cast(Any, SimpleNamespace(metrics=metrics))
+
+    assert round_.better("accuracy", best) == found
 
 
 # --- terms
