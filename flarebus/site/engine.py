@@ -227,6 +227,8 @@ class SiteEngine:
 
         def settled(sent: Pending[Delivery]) -> None:
             self._cell.withdraw(payload, wait=False)
+            if not ticket.owner and self._kept is kept:
+                self._kept = None  # the server is done with it, and nobody takes over from the server
             error = sent.error()
             if error is None:
                 self._note_reply(sent.result())
