@@ -17,14 +17,13 @@ from zmq.utils.monitor import recv_monitor_message
 
 from flarebus.errors import ConfigError, DecodeError, LinkError
 from flarebus.link import SILENCE_S, Link, Verb, decode_names, encode_names
-from flarebus.loop import GOODBYE_MS, Loop
+from flarebus.loop import GOODBYE_MS, Loop, has_message
 from flarebus.message import Buffer
 from flarebus.security.keys import DialKeys
 from flarebus.sockets import (
     Head,
     check_dial,
     dealer,
-    has_message,
     receive_head,
     receive_rest,
     send_frames,
@@ -108,7 +107,7 @@ class Dial:
         except zmq.ZMQError as error:
             self._socket.close()
             raise ConfigError("endpoint", endpoint, error.strerror) from error
-        loop.add_reader(self._monitor, self._read_monitor)
+        loop.add_monitor(self._monitor, self._read_monitor)
         loop.add_reader(self._socket, self._read)
         loop.add_actor(self)
 
@@ -177,7 +176,6 @@ class Dial:
         return None if self._is_lost else self._link.next_event()
 
     def _read(self) -> None:
-        self._link.heard(self._loop.clock())
         socket = self._socket
         for index in range(BATCH):
             # Whoever was told something may have closed us; and one message alone is what comes most often.
@@ -187,6 +185,8 @@ class Dial:
                 head = receive_head(socket)
             except zmq.Again:
                 return
+            if index == 0:
+                self._link.heard(self._loop.clock())
             if head is None:
                 continue
             if head.target:

@@ -10,8 +10,9 @@ import atexit
 import ctypes
 import functools
 import logging
+import math
 import os
-import selectors
+import select
 import socket as sockets
 import sys
 import threading
@@ -26,7 +27,7 @@ import zmq
 from flarebus.errors import Closed, UsageError
 from flarebus.pending import Pending
 
-__all__ = ["GOODBYE_MS", "Actor", "Loop"]
+__all__ = ["GOODBYE_MS", "Actor", "Loop", "has_message"]
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ GOODBYE_MS = 200
 # Freed memory that each process keeps at most; a few windows of chunks.
 KEPT_BYTES = 64 * 1024 * 1024
 # As plain numbers: they are used for every message, and enums are slow.
-_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
+_EVENTS, _READABLE = int(zmq.EVENTS), int(zmq.POLLIN)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -66,8 +67,10 @@ class Loop:
         _keep_freed_memory()
         self.context = zmq.Context()
         self._posted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
-        self._selector = selectors.DefaultSelector()
-        self._readers: dict[Any, Callable[[], None]] = {}
+        self._poll = select.poll()
+        self._sockets: dict[int, zmq.Socket[bytes]] = {}
+        self._readers: dict[zmq.Socket[bytes], Callable[[], None]] = {}
+        self._monitors: dict[zmq.Socket[bytes], Callable[[], None]] = {}
         self._actors: list[Actor] = []
         self._wake_at = clock()
         self._was_held_up = False
@@ -75,7 +78,7 @@ class Loop:
         self._stopping = False
         self._forked = False
         self._waker = _Waker()
-        self._selector.register(self._waker.fileno(), selectors.EVENT_READ)
+        self._poll.register(self._waker.fileno(), select.POLLIN)
         _LOOPS.add(self)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -128,14 +131,25 @@ class Loop:
             self._actors.remove(actor)
 
     def add_reader(self, socket: zmq.Socket[bytes], read: Callable[[], None]) -> None:
-        """Call `read` whenever `socket` has something. On the loop's thread."""
+        """Call `read` whenever `socket` may have something; now and then it has nothing after all. On the loop's
+        thread."""
         self._readers[socket] = read
-        self._selector.register(_descriptor(socket), selectors.EVENT_READ)
+        self._register(socket)
+
+    def add_monitor(self, socket: zmq.Socket[bytes], read: Callable[[], None]) -> None:
+        """Call `read` for each message on `socket`, before sockets are read that had something at the same time. For
+        one that is used by nobody but `read`, and seldom: it costs nothing while it is quiet. On the loop's thread."""
+        self._monitors[socket] = read
+        self._register(socket)
+        # What came before the descriptor was looked at need not show on it.
+        self.post(self._read_monitor, socket)
 
     def close_socket(self, socket: zmq.Socket[bytes], linger_ms: int = GOODBYE_MS) -> None:
         """Stop reading `socket` and close it; what was said last has this long to leave. On the loop's thread."""
-        if self._readers.pop(socket, None) is not None:
-            self._selector.unregister(_descriptor(socket))
+        if self._readers.pop(socket, None) or self._monitors.pop(socket, None):
+            descriptor = _descriptor(socket)
+            self._poll.unregister(descriptor)
+            del self._sockets[descriptor]
         socket.close(linger=linger_ms)
 
     def wake_by(self, when: float | None) -> None:
@@ -165,27 +179,34 @@ class Loop:
             self._drain()
         for actor in list(self._actors):
             _guarded(actor.end)
-        for socket in list(self._readers):
+        for socket in [*self._readers, *self._monitors]:
             self.close_socket(socket)
         # No longer than goodbyes may take, whoever does not read them.
         self.context.destroy(linger=GOODBYE_MS)
-        self._selector.close()
         self._waker.close()
 
     def _step(self) -> None:
         """Sleep until there is something to do, and do it.
 
         A ZeroMQ socket's descriptor says that its events may have changed, once, and any use of the socket takes that
-        back: so events are looked at last thing before sleeping. (`zmq.Poller` does that too, with twice the calls.)
+        back: so events are looked at last thing before sleeping. That costs as much as a message. So of a monitor,
+        which nobody else uses, the descriptor alone is believed, and that of every socket after sleeping.
         """
         self._asleep = True
         # Posted between the last drain and the line above, or from now on: either way somebody sees it.
-        if not self._posted and not self._ready():
-            for key, _ in self._selector.select(max(0.0, self._wake_at - self.clock())):
-                if key.fd == self._waker.fileno():
-                    self._waker.clear()
+        ready = [socket for socket in self._readers if has_message(socket)]
+        is_busy = ready or self._posted
+        wait_s = 0.0 if is_busy else max(0.0, self._wake_at - self.clock())
+        for descriptor, _ in self._poll.poll(math.ceil(wait_s * 1000)):
+            socket = self._sockets.get(descriptor)
+            if socket is None:
+                self._waker.clear()
+            elif socket in self._monitors:
+                self._read_monitor(socket)
+            elif socket not in ready:
+                ready.append(socket)
         self._asleep = False
-        for socket in self._ready():
+        for socket in ready:
             # One that was read before it may have closed it.
             if socket in self._readers:
                 _guarded(self._readers[socket])
@@ -194,9 +215,14 @@ class Loop:
         if now >= self._wake_at:
             self._tick(now)
 
-    def _ready(self) -> list[zmq.Socket[bytes]]:
-        """The sockets that have something, in the order in which they were added."""
-        return [socket for socket in self._readers if socket.getsockopt(_EVENTS) & _POLLIN]
+    def _register(self, socket: zmq.Socket[bytes]) -> None:
+        descriptor = _descriptor(socket)
+        self._sockets[descriptor] = socket
+        self._poll.register(descriptor, select.POLLIN)
+
+    def _read_monitor(self, socket: zmq.Socket[bytes]) -> None:
+        while socket in self._monitors and has_message(socket):
+            _guarded(self._monitors[socket])
 
     def _drain(self) -> None:
         posted = self._posted
@@ -219,6 +245,12 @@ class Loop:
 
     def _after_fork(self) -> None:
         self._forked = True
+
+
+def has_message(socket: zmq.Socket[bytes]) -> bool:
+    """Whether something can be received; cheaper than to try and fail."""
+    events: int = socket.getsockopt(_EVENTS)  # type: ignore[assignment]
+    return events & _READABLE != 0
 
 
 def _descriptor(socket: zmq.Socket[bytes]) -> int:

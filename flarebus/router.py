@@ -24,7 +24,7 @@ from flarebus.dial import BACKLOG_BYTES, BACKLOG_RETRY_S, BATCH, Dial, new_link
 from flarebus.errors import Closed, ConfigError, DecodeError, LinkError, NoRoute, UsageError
 from flarebus.failure import encode_failure
 from flarebus.link import SILENCE_S, Link, Verb, decode_names, encode_names
-from flarebus.loop import Loop
+from flarebus.loop import Loop, has_message
 from flarebus.message import Buffer, Kind, Message
 from flarebus.routing import Table
 from flarebus.security.admission import Admission
@@ -34,7 +34,6 @@ from flarebus.sockets import (
     IpcGuard,
     check_bind,
     frame_bytes,
-    has_message,
     receive_head,
     receive_rest,
     router,
@@ -294,7 +293,7 @@ class Router:
         self._socket = router(self._loop.context, keys, self._silence_s)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         # The monitor comes first, so that a closed connection is known before its descriptor is used again.
-        self._loop.add_reader(self._monitor, self._read_monitor)
+        self._loop.add_monitor(self._monitor, self._read_monitor)
         self._loop.add_reader(self._socket, self._read)
         return self._socket
 
@@ -343,10 +342,14 @@ class Router:
         if type(port) is _Local:
             port.cell.read(head, socket)
             return
-        rest = receive_rest(socket, head.more)
-        self._bytes += len(head.body) + sum(len(frame) for frame in rest)
+        frames: Sequence[Buffer | zmq.Frame] = head[:4]
+        self._bytes += len(head.body)
+        if head.more:
+            rest = receive_rest(socket, head.more)
+            self._bytes += sum(map(len, rest))
+            frames = (*frames, *rest)
         try:
-            self._send_to_port(port, target, (head.target, head.source, head.header, head.body, *rest))
+            self._send_to_port(port, target, frames)
         except LinkError as error:
             self._refuse(head.target, head.source, head.header, head.body, error)
 

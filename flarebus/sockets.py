@@ -14,7 +14,7 @@ import secrets
 import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import zmq
 
@@ -32,7 +32,6 @@ __all__ = [
     "check_dial",
     "dealer",
     "frame_bytes",
-    "has_message",
     "receive_head",
     "receive_rest",
     "router",
@@ -45,9 +44,9 @@ COPY_BELOW_BYTES = 256 * 1024
 # As numbers: `|` of the enum's members costs more than the send.
 _LAST = int(zmq.NOBLOCK)
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
-_READABLE = int(zmq.POLLIN)
 # Without the layer above it, which looks at options that we do not use and takes as long as the send, for every frame.
 _send: Callable[..., object] = zmq.backend.Socket.send
+_receive: Callable[..., Any] = zmq.backend.Socket.recv
 # Whole messages in a socket's queue on each side; bulk data is bounded by the receivers' windows long before.
 HIGH_WATER_MARK = 4096
 
@@ -224,22 +223,24 @@ class Head(NamedTuple):
     last: zmq.Frame
 
 
-def has_message(socket: zmq.Socket[bytes]) -> bool:
-    """Whether something can be received; cheaper than to try and fail."""
-    return cast(int, socket.getsockopt(zmq.EVENTS)) & _READABLE != 0
-
-
 def receive_head(socket: zmq.Socket[bytes]) -> Head | None:
     """Read the next message up to its body; None (and all of it read) if it ends before.
 
     What follows stays on the socket, so that a chunk can be received straight into the array that wants it.
+
+    Raises:
+        zmq.Again: there is none.
     """
-    frames = [socket.recv(_LAST, copy=False)]
-    while frames[-1].more and len(frames) < 4:
-        frames.append(socket.recv(_LAST, copy=False))
-    if len(frames) < 4:
+    target = _receive(socket, _LAST, False)
+    if not target.more:
         return None
-    target, source, header, body = frames
+    source = _receive(socket, _LAST, False)
+    if not source.more:
+        return None
+    header = _receive(socket, _LAST, False)
+    if not header.more:
+        return None
+    body = _receive(socket, _LAST, False)
     return Head(target.bytes, source.bytes, header.bytes, body.bytes, body.more, body)
 
 
@@ -247,7 +248,7 @@ def receive_rest(socket: zmq.Socket[bytes], more: bool) -> list[zmq.Frame]:
     """All frames that are left of the current message."""
     frames = []
     while more:
-        frame = socket.recv(_LAST, copy=False)
+        frame = _receive(socket, _LAST, False)
         frames.append(frame)
         more = frame.more
     return frames

@@ -44,7 +44,10 @@ class Admission:
         self._loop.close_socket(self._socket)
 
     def _read(self) -> None:
-        frames = self._socket.recv_multipart()
+        try:
+            frames = self._socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return
         version, request, domain, _address, _identity, mechanism = frames[:6]
         known = (
             version == b"1.0"

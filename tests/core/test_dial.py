@@ -181,7 +181,7 @@ def test_a_request_that_found_no_router_finds_its_target() -> None:
         assert asker._dial is not None
         hear = asker._dial._read_monitor
         monitor = asker._dial._monitor
-        asker._loop.run(asker._loop._readers.__setitem__, monitor, lambda: (hear(), down.set())[0])
+        asker._loop.run(asker._loop._monitors.__setitem__, monitor, lambda: (hear(), down.set())[0])
 
         crash(bus.loop, bus.router)
         wait_for(down)

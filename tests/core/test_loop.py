@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import os
 import subprocess
@@ -139,8 +141,9 @@ def test_a_reader_is_called_when_there_is_something(loop: Loop) -> None:
         socket.connect("inproc://test")
 
         def read() -> None:
-            heard.append(socket.recv())
-            came.set()
+            with contextlib.suppress(zmq.Again):
+                heard.append(socket.recv(zmq.NOBLOCK))
+                came.set()
 
         loop.add_reader(socket, read)
         return socket
@@ -155,6 +158,45 @@ def test_a_reader_is_called_when_there_is_something(loop: Loop) -> None:
     assert socket.closed
     assert loop._readers == {}
     sender.close()
+
+
+def test_a_monitor_is_read_before_sockets(loop: Loop) -> None:
+    """All that is on a monitor is read, what came before it was added as well, and before any socket is."""
+    heard: list[bytes] = []
+    done = threading.Event()
+    senders = [loop.context.socket(zmq.PAIR) for _ in range(2)]
+    for number, sender in enumerate(senders):
+        sender.bind(f"inproc://{number}")
+
+    def read(socket: zmq.Socket[bytes]) -> None:
+        with contextlib.suppress(zmq.Again):
+            heard.append(socket.recv(zmq.NOBLOCK))
+            if heard[-1] == b"last":
+                done.set()
+
+    def listen() -> None:
+        for number, add in enumerate((loop.add_reader, loop.add_monitor)):
+            socket = loop.context.socket(zmq.PAIR)
+            socket.connect(f"inproc://{number}")
+            if number == 1:
+                senders[number].send(b"early")
+                assert socket.poll(WAIT_S * 1000)
+            add(socket, functools.partial(read, socket))
+
+    loop.run(listen)
+    loop.run(lambda: None)
+    assert heard == [b"early"]
+
+    def say() -> None:
+        senders[0].send(b"last")
+        for number in range(3):
+            senders[1].send(b"%d" % number)
+
+    loop.run(say)
+    wait_for(done)
+    assert heard == [b"early", b"0", b"1", b"2", b"last"]
+    for sender in senders:
+        sender.close()
 
 
 def test_ticks_come_when_they_are_wanted() -> None:

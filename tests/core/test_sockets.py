@@ -15,6 +15,7 @@ import zmq
 
 import flarebus.sockets
 from flarebus.errors import ConfigError, UsageError
+from flarebus.loop import has_message
 from flarebus.security.admission import DOMAIN
 from flarebus.security.keys import DialKeys, KeyPair, ListenKeys
 from flarebus.sockets import (
@@ -24,7 +25,6 @@ from flarebus.sockets import (
     check_dial,
     dealer,
     frame_bytes,
-    has_message,
     receive_head,
     receive_rest,
     router,
