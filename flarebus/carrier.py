@@ -137,6 +137,7 @@ class Carrier:
         source, body = frame_bytes(frames[1]).decode("ascii", "replace"), frame_bytes(frames[3])
         self._orders.heard(source)
         if header == CHUNK:
+            self._loop.flush()  # whoever waits for its pull hears the messages first that came before
             self._take_chunk(source, body, frames[4:])
         elif header == PULL:
             self._serve(frame_bytes(frames[0]), source, body)
@@ -148,6 +149,9 @@ class Carrier:
 
     def read_chunk(self, head: Head, socket: zmq.Socket[bytes]) -> None:
         """Take a chunk whose bytes are still on `socket`."""
+        self._loop.flush()
+        if socket.closed:
+            return
         source = head.source.decode("ascii", "replace")
         self._orders.heard(source)
         place = self._chunk_place(source, head.body)

@@ -21,7 +21,7 @@ from flarebus.address import Address
 from flarebus.carrier import Carrier
 from flarebus.channel import Answered, Requests
 from flarebus.codec import encode
-from flarebus.delivery import Delivery, Handler, Lane
+from flarebus.delivery import Delivery, Handler, Lane, resolve
 from flarebus.dial import Dial
 from flarebus.errors import (
     Closed,
@@ -94,7 +94,7 @@ class Cell:
         self._requests: Requests[Pending[Delivery]] = Requests(secrets.randbits(62))
         self._answered = Answered()
         self._carrier = Carrier(str(self.address), loop, self._send)
-        self._intake = Intake(str(self.address), self._carrier)
+        self._intake = Intake(str(self.address), self._carrier, loop.flush)
         self._lanes: dict[str, Lane] = {}
         self._handlers: dict[tuple[str, str], tuple[Callable[[Handler, Delivery], None], Handler]] = {}
         self._gone_watchers: list[Callable[[Sequence[str]], None]] = []
@@ -426,6 +426,7 @@ class Cell:
 
     def link_lost(self, error: LinkError) -> None:
         """The router is gone: nothing that goes through it will be answered."""
+        self._loop.flush()
         self._up.fail(error)
         for waiting in self._requests.lost({waiting.target for waiting in self._requests.waiting()}):
             waiting.token.fail(NoRoute(waiting.target, str(error)))
@@ -435,6 +436,8 @@ class Cell:
 
     def peers_gone(self, names: Sequence[str]) -> None:
         """Cells went away: whoever waits for them hears it now."""
+        # What they said before they went is heard before that.
+        self._loop.flush()
         # First, so that whoever sees a pull fail knows already that its holder is gone.
         for watcher in self._gone_watchers:
             watcher(names)
@@ -466,6 +469,7 @@ class Cell:
 
     def end(self) -> None:
         """Say goodbye, and fail whatever waits; see `close`."""
+        self._loop.flush()
         if self._closed:
             return
         self._closed = True
@@ -549,7 +553,7 @@ class Cell:
             delivery.fail(NoRoute(message.target, f"no handler for {message.channel}/{message.topic}"))
             return
         put, handler = entry
-        put(handler, delivery)
+        self._loop.defer(put, handler, delivery)
 
     def _handle_answer(self, message: Message) -> None:
         error = decode_failure(message.body, message.source) if message.kind is Kind.ERROR else None
@@ -559,16 +563,14 @@ class Cell:
         pending = self._requests.answer(message.answers, message.source)
         if pending is None:
             return
-        if error is not None:
-            pending.fail(error)
-            return
         delivery = Delivery(self, message)
-
-        def pulled(buffers: Pending[Sequence[Buffer]]) -> None:
-            error = buffers.error()
-            pending.set(delivery) if error is None else pending.fail(error)
-
-        delivery.pull().on_done(pulled)
+        if error is not None:
+            self._loop.defer(pending.fail, error)
+        elif delivery.is_here:
+            self._loop.defer(pending.set, delivery)
+        else:
+            self._loop.flush()
+            resolve(pending, delivery)
 
     def _is_awaited(self, number: int, error: FlarebusError) -> bool:
         """Whether `error` only says that whom we asked before the connection was lost is not back yet."""

@@ -16,7 +16,7 @@ from flarebus.slab import SlabPool, unbundle
 if TYPE_CHECKING:
     from flarebus.cell import Cell
 
-__all__ = ["Delivery", "Handler", "Lane"]
+__all__ = ["Delivery", "Handler", "Lane", "resolve"]
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,16 @@ class Delivery:
         self._cell.reply_failure(self.message, error)
 
 
+def resolve(pending: Pending[Delivery], delivery: Delivery) -> None:
+    """Have the buffers of `delivery` brought here and give it to `pending` then, or the error that kept them away."""
+
+    def pulled(buffers: Pending[Sequence[Buffer]]) -> None:
+        error = buffers.error()
+        pending.set(delivery) if error is None else pending.fail(error)
+
+    delivery.pull().on_done(pulled)
+
+
 Handler = Callable[[Delivery], Any]
 
 
@@ -125,7 +135,8 @@ class Lane:
             handler, delivery = entry
             try:
                 # Pulled before it is handled, so that a big message keeps its place among small ones.
-                delivery.pull().result()
+                if not delivery.is_here:
+                    delivery.pull().result()
                 delivery.reply(handler(delivery))
             except BaseException as error:  # the asker gets it, whatever a handler raises, and the thread goes on
                 log.debug("%s/%s: handler failed", delivery.message.channel, delivery.message.topic, exc_info=True)

@@ -34,10 +34,12 @@ class Intake:
     Args:
         address: of the cell.
         carrier: its transfers.
+        hand_over: hands over what came before, which may need the room that is asked for.
     """
 
-    def __init__(self, address: str, carrier: Carrier) -> None:
+    def __init__(self, address: str, carrier: Carrier, hand_over: Callable[[], None]) -> None:
         self._address = address
+        self._hand_over = hand_over
         self._carrier = carrier
         self._rooms: dict[tuple[str, str], Room] = {}
 
@@ -59,9 +61,13 @@ class Intake:
     def from_socket(self, head: Head, socket: zmq.Socket[bytes]) -> Came | None:
         """The same for a message whose rest is still on `socket`; its arrays go straight to where they belong."""
         if not is_carrying(head.header):
-            return self.whole((head.target, head.source, head.header, head.body, *receive_rest(socket, head.more)))
-        message = self._decode((head.target, head.source, head.header, head.body))
+            rest = map(frame_bytes, receive_rest(socket, head.more)) if head.more else ()
+            message = self._decode((*head[:4], *rest))
+            return None if message is None else (message, None)
+        message = self._decode(head[:4])
         pool = None if message is None else self._room_for(message)
+        if socket.closed:  # by somebody who was handed something
+            return None
         if message is None or message.manifest is None or pool is None:
             receive_rest(socket, head.more)
             return None if message is None else (message, None)
@@ -76,4 +82,7 @@ class Intake:
 
     def _room_for(self, message: Message) -> SlabPool | None:
         room = self._rooms.get((message.channel, message.topic))
-        return None if room is None or message.manifest is None else room(message.manifest.nbytes)
+        if room is None or message.manifest is None:
+            return None
+        self._hand_over()
+        return room(message.manifest.nbytes)

@@ -67,6 +67,7 @@ class Loop:
         _keep_freed_memory()
         self.context = zmq.Context()
         self._posted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self._deferred: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._poll = select.poll()
         self._sockets: dict[int, zmq.Socket[bytes]] = {}
         self._readers: dict[zmq.Socket[bytes], Callable[[], None]] = {}
@@ -101,12 +102,32 @@ class Loop:
             self._asleep = False
             self._waker.wake()
 
+    def defer(self, call: Callable[..., None], *args: Any) -> None:
+        """Run `call(*args)` when what has come in is read and what was posted is run. On the loop's thread.
+
+        For what wakes other threads: woken earlier, they would contend with this one for the interpreter at each of the
+        messages that are left.
+        """
+        self._deferred.append((call, args))
+
+    def flush(self) -> None:
+        """Run what was deferred, before something that has to come after it. On the loop's thread.
+
+        What runs may close whatever the caller works on, and come back to here.
+        """
+        while self._deferred:
+            call, args = self._deferred.popleft()
+            _guarded(call, *args)
+
     def is_current(self) -> bool:
         """Whether the caller runs on the loop's thread."""
         return threading.current_thread() is self._thread
 
     def run(self, call: Callable[..., Any], *args: Any) -> Any:
-        """Run `call(*args)` on the loop's thread and return what it returns, or raise what it raises."""
+        """Run `call(*args)` on the loop's thread and return what it returns, or raise what it raises.
+
+        What came in before it may still be handed over after it.
+        """
         if self.is_current():
             return call(*args)
         outcome: Pending[Any] = Pending()
@@ -138,11 +159,12 @@ class Loop:
 
     def add_monitor(self, socket: zmq.Socket[bytes], read: Callable[[], None]) -> None:
         """Call `read` for each message on `socket`, before sockets are read that had something at the same time. For
-        one that is used by nobody but `read`, and seldom: it costs nothing while it is quiet. On the loop's thread."""
+        one that is used for nothing else, and seldom has any: it costs nothing while it is quiet. On the loop's
+        thread."""
         self._monitors[socket] = read
         self._register(socket)
         # What came before the descriptor was looked at need not show on it.
-        self.post(self._read_monitor, socket)
+        self._posted.append((self._read_monitor, (socket,)))
 
     def close_socket(self, socket: zmq.Socket[bytes], linger_ms: int = GOODBYE_MS) -> None:
         """Stop reading `socket` and close it; what was said last has this long to leave. On the loop's thread."""
@@ -177,6 +199,7 @@ class Loop:
     def _end(self) -> None:
         while self._posted:
             self._drain()
+        self.flush()
         for actor in list(self._actors):
             _guarded(actor.end)
         for socket in [*self._readers, *self._monitors]:
@@ -195,9 +218,11 @@ class Loop:
         self._asleep = True
         # Posted between the last drain and the line above, or from now on: either way somebody sees it.
         ready = [socket for socket in self._readers if has_message(socket)]
-        is_busy = ready or self._posted
+        is_busy = ready or self._posted or self._deferred
         wait_s = 0.0 if is_busy else max(0.0, self._wake_at - self.clock())
-        for descriptor, _ in self._poll.poll(math.ceil(wait_s * 1000)):
+        events = self._poll.poll(math.ceil(wait_s * 1000))
+        self._asleep = False
+        for descriptor, _ in events:
             socket = self._sockets.get(descriptor)
             if socket is None:
                 self._waker.clear()
@@ -205,15 +230,18 @@ class Loop:
                 self._read_monitor(socket)
             elif socket not in ready:
                 ready.append(socket)
-        self._asleep = False
+        is_due = self.clock() >= self._wake_at
+        if is_due:
+            # Nobody must be held to be silent for what came after the sleep: this thread may have waited to go on.
+            ready.extend([socket for socket in self._readers if socket not in ready and has_message(socket)])
         for socket in ready:
             # One that was read before it may have closed it.
             if socket in self._readers:
                 _guarded(self._readers[socket])
         self._drain()
-        now = self.clock()
-        if now >= self._wake_at:
-            self._tick(now)
+        self.flush()
+        if is_due:
+            self._tick(self.clock())
 
     def _register(self, socket: zmq.Socket[bytes]) -> None:
         descriptor = _descriptor(socket)

@@ -46,6 +46,7 @@ _LAST = int(zmq.NOBLOCK)
 _MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 # Without the layer above it, which looks at options that we do not use and takes as long as the send, for every frame.
 _send: Callable[..., object] = zmq.backend.Socket.send
+# Found here instead of on the socket, whose attributes are options as well and slow to look up.
 _receive: Callable[..., Any] = zmq.backend.Socket.recv
 # Whole messages in a socket's queue on each side; bulk data is bounded by the receivers' windows long before.
 HIGH_WATER_MARK = 4096

@@ -172,12 +172,15 @@ def decode_message(frames: Sequence[Buffer], is_whole: bool = True) -> Message:
         DecodeError: anything is not as `encode_message` makes it. What a message carries beside a bundle is not looked
             at.
     """
-    carries = len(frames) > 3 and is_carrying(bytes(frames[2]))
-    if not 4 <= len(frames) <= 5 and not (carries and len(frames) > 5):
+    if len(frames) < 4:
         raise DecodeError(f"message of {len(frames)} frames: 4 or 5 belong to it")
-    target, source, header, body = (bytes(frame) for frame in frames[:4])
+    target, source, header, body = map(bytes, frames[:4])
+    carries = is_carrying(header)
+    if len(frames) > 5 and not carries:
+        raise DecodeError(f"message of {len(frames)} frames: 4 or 5 belong to it")
     if (
-        max(len(target), len(source)) > MAX_ADDRESS_BYTES
+        len(target) > MAX_ADDRESS_BYTES
+        or len(source) > MAX_ADDRESS_BYTES
         or len(header) > MAX_HEADER_BYTES
         or len(body) > MAX_BODY_BYTES
     ):
@@ -186,7 +189,7 @@ def decode_message(frames: Sequence[Buffer], is_whole: bool = True) -> Message:
         fields = msgpack.unpackb(header, use_list=False, max_array_len=MAX_FIELDS)
         if not is_whole:
             fields = (*fields[:-1], None)
-        data = frames[4] if frames[4:] and not carries else None
+        data = frames[4] if len(frames) > 4 and not carries else None
         return _message(target.decode("ascii"), source.decode("ascii"), fields, body, data)
     except DecodeError:
         raise

@@ -49,7 +49,7 @@ LAYERS: list[tuple[str, list[str]]] = [
 PURE = 1
 # What a pure module has no business with: time, threads, sockets and queues come in as arguments or stay outside.
 IMPURE = frozenset(
-    {"asyncio", "concurrent", "multiprocessing", "queue", "selectors", "socket", "threading", "time", "zmq"}
+    {"asyncio", "concurrent", "multiprocessing", "queue", "select", "selectors", "socket", "threading", "time", "zmq"}
 )
 # Where a pure module may have one all the same, each for its reason.
 NOT_QUITE_PURE = {

@@ -37,6 +37,9 @@ class StillLoop:
             raise Closed("stopped")
         call(*args)
 
+    def flush(self) -> None:
+        """Nothing was deferred."""
+
     def wake_by(self, when: float | None) -> None:
         assert when is None or when >= self.now
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import queue
 import threading
 import weakref
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from flarebus.cell import Cell, Payload
+from flarebus.codec import encode
 from flarebus.delivery import Delivery
 from flarebus.errors import (
     Closed,
@@ -27,8 +29,10 @@ from flarebus.errors import (
     UsageError,
 )
 from flarebus.loop import Loop
+from flarebus.message import Kind, Manifest, Message
 from flarebus.pending import Pending
 from flarebus.transfer import CHUNK_BYTES
+from flarebus.wire import CHUNK, PLACE, encode_message
 from tests.core.bus import ARRANGEMENTS, WAIT_S, Bus, collector, error_of, value_of, wait_for
 
 MIB = 1024 * 1024
@@ -250,6 +254,50 @@ def test_a_dead_target_fails_what_waits_for_it(bus: Bus) -> None:
     assert names == ["answerer"]
     assert isinstance(error_of(asker.request("answerer", "test", "wait")), NoRoute)
     leave.set()
+
+
+def test_what_was_said_is_heard_before_the_end_of_who_said_it(one_bus: Bus) -> None:
+    """An answer, and a message for an inbox, are handed over before it is told that their sender is gone, also when all
+    of it comes in at once."""
+    asker, answerer = one_bus.near(), one_bus.far()
+    asked: queue.SimpleQueue[Delivery] = queue.SimpleQueue()
+    answerer.inbox("test", "wait", asked.put)
+    heard: list[str] = []
+    asker.on_gone(lambda _: heard.append("gone"))
+    asker.inbox("test", "tell", lambda _: heard.append("told"))
+    pending = asker.request("answerer", "test", "wait")
+    pending.on_done(lambda _: heard.append("answered"))
+    message = asked.get(timeout=WAIT_S).message
+    event = Message("asker", "answerer", Kind.EVENT, 1, channel="test", topic="tell", body=encode(None).body)
+    reply = Message("asker", "answerer", Kind.REPLY, 2, answers=message.id, body=encode(None).body)
+
+    def come() -> None:
+        asker.accept(encode_message(event))
+        asker.accept(encode_message(reply))
+        asker.peers_gone(["answerer"])
+
+    asker._loop.run(come)
+
+    assert heard == ["told", "answered", "gone"]
+    assert value_of(pending) is None
+
+
+def test_what_was_said_is_heard_before_the_end_of_a_pull(one_bus: Bus) -> None:
+    """A message is handed over before the bytes that came after it, also when all of it comes in at once."""
+    asker, _ = one_bus.near(), one_bus.far()
+    heard: list[str] = []
+    asker.inbox("test", "tell", lambda _: heard.append("told"))
+    event = Message("asker", "answerer", Kind.EVENT, 1, channel="test", topic="tell", body=encode(None).body)
+    manifest = Manifest(bytes(16), "answerer", (4,))
+
+    def come() -> None:
+        asker.pull(manifest, "asker").on_done(lambda _: heard.append("pulled"))
+        asker.accept(encode_message(event))
+        asker.accept((b"asker", b"answerer", CHUNK, PLACE.pack(manifest.transfer, 0), b"1234"))
+
+    asker._loop.run(come)
+
+    assert heard == ["told", "pulled"]
 
 
 def test_a_deadline_ends_a_request(bus: Bus) -> None:

@@ -516,7 +516,7 @@ def test_a_dial_that_cannot_be_is_refused() -> None:
         with pytest.raises(ConfigError, match="endpoint='tcp://localhost"):
             loop.run(flarebus.dial.Dial, loop, "tcp://localhost:1:2", None, Owner())
         assert loop._actors == []
-        assert loop._readers == {}
+        assert loop._readers == loop._monitors == loop._sockets == {}
     finally:
         loop.stop()
     with pytest.raises(Closed):

@@ -160,6 +160,34 @@ def test_a_reader_is_called_when_there_is_something(loop: Loop) -> None:
     sender.close()
 
 
+def test_what_is_deferred_comes_last(loop: Loop) -> None:
+    """It runs in order, after what was posted before the thread comes to it, and before that if it is flushed; an error
+    in it is survived, and the end leaves nothing behind."""
+    seen: list[str] = []
+    held, go = threading.Event(), threading.Event()
+
+    def defer() -> None:
+        loop.defer(seen.append, "deferred")
+        loop.defer(int, "no number")
+        loop.defer(seen.append, "deferred too")
+
+    loop.post(lambda: (held.set(), wait_for(go)))
+    wait_for(held)
+    loop.post(defer)
+    loop.post(seen.append, "posted")
+    go.set()
+    loop.run(lambda: None)
+    loop.run(lambda: None)
+    assert seen == ["posted", "deferred", "deferred too"]
+
+    loop.run(lambda: (loop.defer(seen.append, "flushed"), loop.flush(), seen.append("after")))
+    assert seen[3:] == ["flushed", "after"]
+
+    loop.run(lambda: (loop.defer(seen.append, "last"), loop.stop()))
+    loop.stop()
+    assert seen[5:] == ["last"]
+
+
 def test_a_monitor_is_read_before_sockets(loop: Loop) -> None:
     """All that is on a monitor is read, what came before it was added as well, and before any socket is."""
     heard: list[bytes] = []
@@ -252,6 +280,49 @@ def test_a_held_up_loop_hears_before_it_judges() -> None:
         loop.run(lambda: None)
         loop.run(lambda: None)
     assert len(actor.ticks) == 4
+    loop.stop()
+
+
+def test_what_came_during_a_sleep_is_read_before_anybody_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sleep that ends because a tick is due: what came while the thread waited to go on is read first."""
+    now = [0.0]
+    loop = Loop("test", lambda: now[0])
+    told: list[str] = []
+    done = threading.Event()
+    actor = Actor(lambda _: (told.append("tick"), done.set())[1])
+    sender = loop.context.socket(zmq.PAIR)
+    sender.bind("inproc://test")
+
+    def listen() -> None:
+        socket = loop.context.socket(zmq.PAIR)
+        socket.connect("inproc://test")
+
+        def read() -> None:
+            with contextlib.suppress(zmq.Again):
+                told.append(socket.recv(zmq.NOBLOCK).decode())
+
+        class Late:
+            """The descriptor says nothing, and the message is there by the time that somebody looks."""
+
+            def poll(self, _: int) -> list[tuple[int, int]]:
+                monkeypatch.undo()
+                sender.send(b"late")
+                assert socket.poll(WAIT_S * 1000)
+                now[0] += 2 * IDLE_S
+                return []
+
+        loop.add_reader(socket, read)
+        monkeypatch.setattr(loop, "_poll", Late())
+
+    loop.run(loop.add_actor, actor)
+    wait_for(done)
+    loop.run(told.clear)
+    done.clear()
+    loop.run(listen)
+    wait_for(done)
+
+    assert told == ["late", "tick"]
+    sender.close()
     loop.stop()
 
 
