@@ -110,8 +110,8 @@ class Engine(Protocol):
             FlarebusError: it could not be delivered; the assignment is still open. So does the wait.
         """
 
-    def log(self, key: str, value: Any, data_type: AnalyticsDataType, **kwargs: Any) -> None:
-        """Hand over one metric; never blocks."""
+    def log(self, key: str, value: Any, data_type: AnalyticsDataType, fields: dict[str, Any]) -> None:
+        """Hand over one metric, with ``global_step`` and the like in `fields`, which is emptied; never blocks."""
 
 
 class Seat:

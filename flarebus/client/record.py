@@ -52,7 +52,7 @@ def hand_over(
     """Check one record and give it to `log`, an engine's.
 
     Args:
-        fields: further arguments of the script, such as ``global_step``; rewritten.
+        fields: further arguments of the script, such as ``global_step``; rewritten, and the engine's afterwards.
 
     Raises:
         ConfigError: an argument is wrong.
@@ -66,7 +66,7 @@ def hand_over(
     for name, item in fields.items():
         if type(item) is not int or not _MIN_INT <= item <= _MAX_INT:
             fields[name] = _field(name, item)
-    log(key, value, data_type, **fields)
+    log(key, value, data_type, fields)
 
 
 def _kind(data_type: Any) -> AnalyticsDataType:

@@ -241,10 +241,10 @@ class SiteEngine:
         fields = ticket.result(self.site_name, payload.body)
         return self._cell.request(ticket.target, "task", "result", fields, payload=payload, bring=bring)
 
-    def log(self, key: str, value: Any, data_type: AnalyticsDataType, **kwargs: Any) -> None:
+    def log(self, key: str, value: Any, data_type: AnalyticsDataType, fields: dict[str, Any]) -> None:
         """Hand over one metric record."""
         open_task = self._open
-        self._metrics.put(self.site_name, None if open_task is None else open_task.round, key, value, data_type, kwargs)
+        self._metrics.put(self.site_name, None if open_task is None else open_task.round, key, value, data_type, fields)
 
     # -- the host's side --
 

@@ -79,5 +79,5 @@ class FakeEngine:
         self.answers.put((assignment, result))
         return self.wait
 
-    def log(self, key: str, value: Any, data_type: AnalyticsDataType, **kwargs: Any) -> None:
-        self.logged.append((key, value, data_type, kwargs))
+    def log(self, key: str, value: Any, data_type: AnalyticsDataType, fields: dict[str, Any]) -> None:
+        self.logged.append((key, value, data_type, fields))

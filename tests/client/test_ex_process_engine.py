@@ -463,7 +463,7 @@ def test_a_follower_has_no_metrics(caplog: pytest.LogCaptureFixture) -> None:
     """Only rank 0 has a metric channel; what another rank logs all the same is dropped, not raised."""
     job = PlayedJob(ranks=2)
     engine = job.engine(rank=1)
-    engine.log("loss", 1.0, AnalyticsDataType.SCALAR)
+    engine.log("loss", 1.0, AnalyticsDataType.SCALAR, {})
     engine.close()
     job.close()
 
@@ -476,11 +476,11 @@ def test_a_follower_has_no_metrics(caplog: pytest.LogCaptureFixture) -> None:
 def test_metrics_belong_to_the_open_task_and_are_flushed_at_the_end(job: PlayedJob) -> None:
     """What was logged reaches the client job before the goodbye."""
     engine = job.engine()
-    engine.log("before", 1.0, AnalyticsDataType.SCALAR)
+    engine.log("before", 1.0, AnalyticsDataType.SCALAR, {})
     job.give(4)[0].result(LIMIT_S)
     engine.next_task(LIMIT_S)
     for step in range(100):
-        engine.log("loss", float(step), AnalyticsDataType.SCALAR, global_step=step)
+        engine.log("loss", float(step), AnalyticsDataType.SCALAR, {"global_step": step})
     engine.close()
 
     found = [job.records.get(timeout=LIMIT_S) for _ in range(101)]
@@ -494,7 +494,7 @@ def test_metrics_after_the_end_of_the_job_are_still_heard(job: PlayedJob) -> Non
     engine = job.engine()
     job.handlers[0].notify_end("completed")
     assert engine.next_task(None) is None
-    engine.log("final", 1.0, AnalyticsDataType.SCALAR)
+    engine.log("final", 1.0, AnalyticsDataType.SCALAR, {})
     engine.close()
 
     assert job.records.get(timeout=LIMIT_S)["key"] == "final"
@@ -507,7 +507,7 @@ def test_nobody_waits_for_metrics_after_an_abort(job: PlayedJob, monkeypatch: py
     engine = job.engine()
     job.handlers[0].notify_abort("user")
     assert engine.next_task(None) is None
-    engine.log("final", 1.0, AnalyticsDataType.SCALAR)
+    engine.log("final", 1.0, AnalyticsDataType.SCALAR, {})
 
     InThread(engine.close).result()
 
@@ -524,7 +524,7 @@ def test_close_is_idempotent_and_leaves_no_thread(job: PlayedJob) -> None:
         engine = played.engine()
         played.give(1)[0].result(LIMIT_S)
         engine.next_task(LIMIT_S)
-        engine.log("loss", 1.0, AnalyticsDataType.SCALAR)
+        engine.log("loss", 1.0, AnalyticsDataType.SCALAR, {})
         engine.close()
         engine.close()
         assert played.statuses.get(timeout=LIMIT_S)[0] == "_END_"

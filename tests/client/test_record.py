@@ -22,7 +22,7 @@ def logged(
 ) -> tuple[str, Any, AnalyticsDataType, dict[str, Any]]:
     """What arrives at the engine."""
     found: list[Any] = []
-    hand_over(lambda *args, **kwargs: found.append((*args, kwargs)), key, value, data_type, fields)
+    hand_over(lambda *args: found.append(args), key, value, data_type, fields)
     (record,) = found
     return record  # type: ignore[no-any-return]
 

@@ -483,12 +483,12 @@ def test_nothing_is_reported_after_the_end(server: Server) -> None:
 
 def test_records_carry_site_and_round(server: Server) -> None:
     """A metric belongs to the site and to the round of the task at hand."""
-    server.engine.log("lr", 0.1, AnalyticsDataType.SCALAR)
+    server.engine.log("lr", 0.1, AnalyticsDataType.SCALAR, {})
     server.outbox.flush(0)
     first = server.batch()
     server.assign(3)
     server.engine.next_task(0)
-    server.engine.log("loss", 0.5, AnalyticsDataType.SCALAR, global_step=7)
+    server.engine.log("loss", 0.5, AnalyticsDataType.SCALAR, {"global_step": 7})
 
     assert [(each["site"], each["round"], each["key"], each["step"]) for each in first + server.batch()] == [
         ("site-1", None, "lr", None),

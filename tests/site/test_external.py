@@ -187,7 +187,7 @@ def test_metrics_go_on_unopened(play: Play) -> None:
     """What the script logs reaches the server; a process that was not let in logs nothing."""
     site = play()
     engine = site.launch().init()
-    engine.log("loss", 1.0, AnalyticsDataType.SCALAR)
+    engine.log("loss", 1.0, AnalyticsDataType.SCALAR, {})
     engine._metrics.flush(LIMIT_S)
 
     fields = site.records.get(timeout=LIMIT_S)

@@ -178,10 +178,10 @@ class TrainerEngine:
 
         return wait
 
-    def log(self, key: str, value: Any, data_type: AnalyticsDataType, **kwargs: Any) -> None:
+    def log(self, key: str, value: Any, data_type: AnalyticsDataType, fields: dict[str, Any]) -> None:
         """Hand over one metric record."""
         open_task = self._open
-        self._metrics.put(self.site_name, None if open_task is None else open_task.round, key, value, data_type, kwargs)
+        self._metrics.put(self.site_name, None if open_task is None else open_task.round, key, value, data_type, fields)
 
     def close(self) -> None:
         """Say goodbye: what was logged still leaves, within limits. Idempotent."""
