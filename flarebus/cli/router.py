@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import queue
 import signal
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -62,10 +62,11 @@ def _router(
     if dial is not None and upstream is None:
         raise UsageError("--upstream-keys: needs --upstream")
 
-    # Before anything is announced: whoever reads the line may send the signal at once.
-    ended = threading.Event()
+    # Before anything is announced: whoever reads the line may send the signal at once. A queue and no event: a second
+    # signal may interrupt the handler of the first, and the lock of an event would then wait for itself.
+    endings: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in _ENDINGS:
-        signal.signal(number, lambda *_: ended.set())
+        signal.signal(number, lambda number, _: endings.put(number))
     loop = Loop("router")
     try:
         router = Router(loop)
@@ -74,7 +75,7 @@ def _router(
             router.connect(upstream, dial)
         about = {"bound": bound[0], "endpoints": bound, "upstream": upstream, "curve": listen is not None}
         click.echo(json.dumps(about) if as_json else "\n".join(bound))
-        ended.wait()
+        endings.get()
         # The end takes no time, and a second Ctrl-C must not leave half of it.
         for number in _ENDINGS:
             signal.signal(number, signal.SIG_IGN)
