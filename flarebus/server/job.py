@@ -241,7 +241,7 @@ class ServerJob:
             return
         self.roster.join(delivery.source, sites, [site for site in external if site in sites], takes)
         delivery.reply({"job_id": self.job_id})
-        self._tell_directory()
+        self._tell_directory(delivery.source)
         self._desk.joined(delivery.source, sites)
         self._note_all(sites, "site_joined")
 
@@ -276,11 +276,13 @@ class ServerJob:
         self._tell_directory()
         self._note_all([site], "site_dead", reason=reason)
 
-    def _tell_directory(self) -> None:
+    def _tell_directory(self, newcomer: str = "") -> None:
         """Tell hosts whose sites steer who is where."""
         if self.definition.sites_steer:
             directory = self.roster.to_plain()
-            for host in self.roster.hosts:
+            # The newcomer first: another one that hears of it gives it tasks at once, and it takes them from hosts that
+            # it knows.
+            for host in sorted(self.roster.hosts, key=lambda host: host != newcomer):
                 self._cell.notify(host, "task", "directory", directory)
 
     def _reported(self, delivery: Delivery) -> None:

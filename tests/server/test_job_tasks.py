@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Iterator
 from typing import Any
 
@@ -467,6 +468,24 @@ def test_a_controller_that_watches_hears_of_sites_and_from_them() -> None:
         ("b", "done", None),
         ("b", "site_joined", None),
     ]
+    bus.close()
+
+
+def test_a_newcomer_is_told_first_who_else_is_there() -> None:
+    """Before anybody who steers hears of a host and gives it tasks, that host knows from whom to take them."""
+    steers = ExecutorRef(ClassRef("mine.Steering", {}), ("swarm",), steers=True)
+    bus = Bus(site_defaults=a_job().site_defaults.with_executor(steers))
+    hosts = [bus.host(f"worker-{number}", site) for number, site in enumerate("abc")]
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for host in hosts:
+        host.cell.inbox("task", "directory", lambda _, name=host.address: told.put(name))  # type: ignore[misc]
+
+    running = bus.start(lambda: list(bus.job.reports(timeout=30)))
+    hosts[1].join()
+    assert [told.get(timeout=LIMIT_S) for _ in hosts] == ["worker-1", "worker-0", "worker-2"]
+
+    bus.pass_time(30)
+    running.result(LIMIT_S)
     bus.close()
 
 
