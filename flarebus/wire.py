@@ -172,12 +172,10 @@ def decode_message(frames: Sequence[Buffer], is_whole: bool = True) -> Message:
         DecodeError: anything is not as `encode_message` makes it. What a message carries beside a bundle is not looked
             at.
     """
-    if len(frames) < 4:
+    carries = len(frames) > 3 and is_carrying(bytes(frames[2]))
+    if len(frames) < 4 or (len(frames) > 5 and not carries):
         raise DecodeError(f"message of {len(frames)} frames: 4 or 5 belong to it")
     target, source, header, body = map(bytes, frames[:4])
-    carries = is_carrying(header)
-    if len(frames) > 5 and not carries:
-        raise DecodeError(f"message of {len(frames)} frames: 4 or 5 belong to it")
     if (
         len(target) > MAX_ADDRESS_BYTES
         or len(source) > MAX_ADDRESS_BYTES
